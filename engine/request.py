@@ -1,0 +1,105 @@
+"""A request as the engine sees it, and what the engine says of it step by step. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from polydelta.adapters_store.catalog import AdapterRef
+
+
+class FinishReason(str, Enum):
+    """Why a request ended, in OpenAI's words where it has them."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop. The server has checked the ranges."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    # 0 keeps all tokens.
+    top_k: int = 0
+    min_p: float = 0.0
+    # With a seed, the same request gives the same tokens whatever shares its batch.
+    seed: int | None = None
+    # Of prompt and output tokens; 1.0 is off (CTRL, arXiv:1909.05858).
+    repetition_penalty: float = 1.0
+    # Of output tokens only; 0.0 is off.
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    # Keep the stop string in the text that is handed out.
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    # How many alternatives to report for each output token; None reports none at all.
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The log probability of one output token, and of the most likely ones at its place."""
+
+    token_id: int
+    logprob: float
+    # (token id, log probability), most likely first.
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What is new since the last output of this request."""
+
+    request_id: str
+    # Text that is safe to hand out; a possible start of a stop string is held back.
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    # Prompt tokens whose KV came from the prefix cache.
+    cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    # The stop string or stop token id that ended it.
+    stop_reason: str | int | None = None
+    # Set with FinishReason.ERROR: what went wrong, fit for the client to read.
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One sequence to generate; `n` choices are `n` of these."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    sampling: SamplingParams
+    # None asks for the bare base model.
+    adapter: AdapterRef | None = None
+
+
+# Called on the engine's thread: must only hand the output on, never wait.
+OutputHandler = Callable[[RequestOutput], None]
