@@ -1,0 +1,99 @@
+"""Puts an engine together: model, pool, kernels, scheduler."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+from polydelta.adapters_store.host_store import HostStore
+from polydelta.engine.config import EngineConfig
+from polydelta.engine.engine import Engine
+from polydelta.engine.eviction import CostModel
+from polydelta.engine.kv_cache import KVCache
+from polydelta.engine.models.checkpoint import Checkpoint, open_checkpoint
+from polydelta.engine.models.decoder import Decoder, base_layout
+from polydelta.engine.models.errors import ModelError
+from polydelta.engine.models.weights import Weights
+from polydelta.engine.pool import PagePool
+from polydelta.engine.residency import Residency
+from polydelta.engine.runner import Runner, kv_page_bytes
+from polydelta.engine.scheduler import Scheduler, SchedulerLimits
+from polydelta.engine.stats import StatsRecorder
+from polydelta.kernels.ops import Kernels, kernels_for
+
+# stage, done, total: drives a progress bar
+Report = Callable[[str, int, int], None]
+
+
+def no_report(stage: str, done: int, total: int) -> None:
+    """For those who show no progress."""
+
+
+def build_engine(
+    model: str | None, config: EngineConfig, report: Report = no_report
+) -> Engine:
+    """model: None for the default, a path or a hub id. Raises ModelError."""
+    report("Opening the model", 0, 1)
+    checkpoint = open_checkpoint(model)
+    report("Opening the model", 1, 1)
+    return assemble(checkpoint, config, kernels_for(torch.device("cpu")), report)
+
+
+def assemble(
+    checkpoint: Checkpoint, config: EngineConfig, kernels: Kernels, report: Report = no_report
+) -> Engine:
+    """An engine for an opened checkpoint. Raises ModelError."""
+    model, dtype = checkpoint.config, torch_dtype(config.dtype)
+    max_model_len = _max_model_len(config.max_model_len, model.context_length)
+    weights = Weights(
+        checkpoint.tensors, dtype, lambda done, total: report("Loading weights", done, total)
+    )
+    decoder = Decoder(model, weights, kernels, max_model_len, dtype)
+
+    page_bytes = kv_page_bytes(model, config.block_size, dtype)
+    num_pages = config.pool_bytes // (page_bytes * model.num_layers)
+    if num_pages < 2:
+        raise ModelError(
+            f"A pool of {config.pool_bytes} bytes holds {num_pages} pages of {page_bytes} bytes "
+            f"in each of {model.num_layers} layers: give it more memory."
+        )
+    runner = Runner(decoder, kernels, num_pages, config.block_size, dtype)
+
+    wake, costs, pool = threading.Event(), CostModel(), PagePool(num_pages)
+    kv = KVCache(pool, config.block_size, costs, config.prefix_caching)
+    host = HostStore(base_layout(model, checkpoint.id), dtype, config.host_adapter_bytes)
+    residency = Residency(pool, page_bytes, host, runner.bind_adapter, costs, wake.set)
+    limits = SchedulerLimits(config.max_batch_tokens, config.max_batch_size)
+    scheduler = Scheduler(limits, pool, kv, residency)
+    return Engine(
+        checkpoint.id,
+        checkpoint.tokenizer,
+        max_model_len,
+        model.vocab_size,
+        scheduler,
+        runner,
+        StatsRecorder(pool, kv, residency, costs),
+        wake,
+        config.check_integrity,
+    )
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Raises ModelError for a dtype that is not served."""
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name not in dtypes:
+        raise ModelError(f"dtype {name!r} is not supported: use {' or '.join(dtypes)}.")
+    return dtypes[name]
+
+
+def _max_model_len(asked: int | None, context_length: int) -> int:
+    if asked is None:
+        return context_length
+    if not 1 < asked <= context_length:
+        raise ModelError(
+            f"max_model_len {asked} is not within the model's context window of "
+            f"{context_length} tokens."
+        )
+    return asked

@@ -1,0 +1,142 @@
+"""Adapters on top of a decoder that does not know them: its linear layers, wrapped.
+
+Rows of a step are sorted by adapter, so that each adapter's rows are one slice. A wrapped layer
+computes the base product for all rows at once and then adds each adapter's deltas to its slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from polydelta.adapters_store.packing import (
+    PackedAdapter,
+    PackedLowRank,
+    PackedSparse,
+    matrix_view,
+    vector_view,
+)
+from polydelta.engine.models.decoder import Decoder
+from polydelta.kernels.ops import (
+    Kernels,
+    Linear,
+    LowRankBlock,
+    LowRankWeights,
+    SparseWeights,
+)
+
+# add(y, x): y += dW x, in place; y: [rows, out], x: [rows, in]
+AddDelta = Callable[[Tensor, Tensor], None]
+
+
+class PoolAdapter:
+    """An adapter whose packed bytes lie in pages of the pool.
+
+    Where the pages are one run, kernels get views of the pool, made once. Where they are not, the
+    layer at hand is read through the page table when a step comes to it.
+    """
+
+    def __init__(
+        self, packed: PackedAdapter, storage: Tensor, pages: Sequence[int], kernels: Kernels
+    ) -> None:
+        """storage: the pool, `[layers, pages, page_bytes]` uint8."""
+        self._kernels = kernels
+        self._dtype = packed.dtype
+        self._storage = storage
+        self._pages = torch.tensor(pages)
+        # What lies in each layer, without the host's copy of the bytes.
+        self._deltas = [layer.deltas for layer in packed.layers]
+        self._write(packed, pages)
+        self._bound: dict[int, dict[int, list[AddDelta]]] = {}
+        first, count = pages[0], len(pages)
+        if list(pages) == list(range(first, first + count)):
+            for layer in range(len(self._deltas)):
+                data = storage[layer, first : first + count].view(-1)
+                self._bound[layer] = self._bind(layer, data)
+
+    def deltas(self, layer: int, linear: int) -> Sequence[AddDelta]:
+        """What the adapter adds to one linear layer, by its index in `BaseLayout.linears`."""
+        if layer not in self._bound:
+            # Scattered pages: only the layer at hand is kept.
+            data = self._storage[layer].index_select(0, self._pages).view(-1)
+            self._bound = {layer: self._bind(layer, data)}
+        return self._bound[layer].get(linear, ())
+
+    def _write(self, packed: PackedAdapter, pages: Sequence[int]) -> None:
+        page_bytes = self._storage.shape[-1]
+        for layer, content in enumerate(packed.layers):
+            for part, page in zip(content.data.split(page_bytes), pages, strict=False):
+                self._storage[layer, page, : len(part)] = part
+
+    def _bind(self, layer: int, data: Tensor) -> dict[int, list[AddDelta]]:
+        bound: dict[int, list[AddDelta]] = {}
+        for delta in self._deltas[layer]:
+            if isinstance(delta, PackedLowRank):
+                add = self._low_rank(delta, data)
+            else:
+                add = self._sparse(delta, data)
+            bound.setdefault(delta.linear, []).append(add)
+        return bound
+
+    def _low_rank(self, delta: PackedLowRank, data: Tensor) -> AddDelta:
+        blocks = tuple(
+            LowRankBlock(
+                block.out_start, block.rank_start, matrix_view(data, block.b_t, self._dtype)
+            )
+            for block in delta.blocks
+        )
+        # A comes first and the blocks follow it: together they are one piece of memory.
+        last = delta.blocks[-1].b_t
+        end = last.offset + last.shape[0] * last.row_stride * self._dtype.itemsize
+        memory = data[delta.a.offset : end].view(self._dtype)
+        weights = LowRankWeights(matrix_view(data, delta.a, self._dtype), blocks, memory)
+        add_low_rank = self._kernels.add_low_rank
+        return lambda y, x: add_low_rank(y, x, weights)
+
+    def _sparse(self, delta: PackedSparse, data: Tensor) -> AddDelta:
+        weights = SparseWeights(
+            vector_view(data, delta.row_pointers),
+            vector_view(data, delta.columns),
+            vector_view(data, delta.values),
+        )
+        add_sparse = self._kernels.add_sparse
+        return lambda y, x: add_sparse(y, x, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterSegment:
+    """Rows of a step that use one adapter: start : stop."""
+
+    start: int
+    stop: int
+    adapter: PoolAdapter
+
+
+@dataclass(eq=False)
+class StepDeltas:
+    """What the wrapped layers add in the step at hand; rows of the bare base are in no segment."""
+
+    segments: Sequence[AdapterSegment] = field(default_factory=tuple)
+
+
+def wrap_decoder(decoder: Decoder, deltas: StepDeltas) -> None:
+    """Puts the deltas of each step on top of every linear layer of the decoder's blocks."""
+    for layer, block in enumerate(decoder.layers):
+        block.wrap_linears(
+            lambda index, linear, layer=layer: _with_deltas(linear, deltas, layer, index)
+        )
+
+
+def _with_deltas(linear: Linear, deltas: StepDeltas, layer: int, index: int) -> Linear:
+    def wrapped(x: Tensor) -> Tensor:
+        y = linear(x)
+        for segment in deltas.segments:
+            for add in segment.adapter.deltas(layer, index):
+                rows = slice(segment.start, segment.stop)
+                add(y[rows], x[rows])
+        return y
+
+    return wrapped

@@ -1,0 +1,72 @@
+"""From sampled tokens to text that may be handed out, and the end of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from polydelta.engine.models.tokenizer import Tokenizer
+from polydelta.engine.request import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True)
+class TextStep:
+    """What one token adds."""
+
+    text: str
+    finish_reason: FinishReason | None = None
+    # The stop string or stop token id that ended the request.
+    stop_reason: str | int | None = None
+
+
+class Detokenizer:
+    """One request's text. What could be the start of a stop string is held back until it is
+    certain that it is not."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._tokenizer = tokenizer
+        self._params = params
+        self._stream = tokenizer.stream(params.skip_special_tokens)
+        self._token_ids: list[int] = []
+        # Text of whole characters so far, in characters, handed out or held back.
+        self._length = 0
+        self._held = ""
+
+    def push(self, token_id: int) -> TextStep:
+        """The effect of the next token: its text is empty while it is held back."""
+        params = self._params
+        stops_here = token_id in params.stop_token_ids
+        if stops_here or (token_id in self._tokenizer.eos_token_ids and not params.ignore_eos):
+            return TextStep(self._rest(), FinishReason.STOP, token_id if stops_here else None)
+        self._token_ids.append(token_id)
+        piece = self._stream.push(token_id)
+        self._length += len(piece)
+        self._held += piece
+        if (found := self._find_stop()) is not None:
+            place, stop = found
+            end = place + len(stop) if params.include_stop_str_in_output else place
+            return TextStep(self._held[:end], FinishReason.STOP, stop)
+        if len(self._token_ids) == params.max_tokens:
+            return TextStep(self._rest(), FinishReason.LENGTH)
+        safe = len(self._held) - _overlap(self._held, params.stop)
+        text, self._held = self._held[:safe], self._held[safe:]
+        return TextStep(text)
+
+    def _find_stop(self) -> tuple[int, str] | None:
+        """The first stop string in what is held, and where it begins."""
+        found = [(self._held.find(stop), stop) for stop in self._params.stop]
+        return min((hit for hit in found if hit[0] >= 0), default=None)
+
+    def _rest(self) -> str:
+        """What is still held at the end, a character that was never completed included."""
+        whole = self._tokenizer.decode(self._token_ids, self._params.skip_special_tokens)
+        return self._held + whole[self._length :]
+
+
+def _overlap(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of the text that is the beginning of a stop string."""
+    longest = max(map(len, stops), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0

@@ -1,0 +1,219 @@
+"""The engine: a loop in its own thread that schedules, runs, and hands out tokens.
+
+It never waits for a client, a disk or an adapter. Other threads talk to it through one queue of
+commands, and it talks back through each request's `on_output`.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from polydelta.engine.detokenizer import Detokenizer, TextStep
+from polydelta.engine.models.tokenizer import Tokenizer
+from polydelta.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    OutputHandler,
+    RequestOutput,
+    SamplingParams,
+)
+from polydelta.engine.runner import Runner
+from polydelta.engine.scheduler import Scheduler
+from polydelta.engine.sequence import SampledToken, Schedule, Sequence
+from polydelta.engine.stats import EngineStats, StatsRecorder
+
+logger = logging.getLogger(__name__)
+
+Command = Callable[[], None]
+
+
+class EngineDeadError(RuntimeError):
+    """The engine's loop has ended; it takes no more requests."""
+
+
+class Engine:
+    """Submit requests from any thread; outputs come on the engine's own."""
+
+    def __init__(
+        self,
+        model_id: str,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        vocab_size: int,
+        scheduler: Scheduler,
+        runner: Runner,
+        recorder: StatsRecorder,
+        wake: threading.Event,
+        check_integrity: bool = False,
+    ) -> None:
+        self.model_id = model_id
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+        self._scheduler = scheduler
+        self._runner = runner
+        self._recorder = recorder
+        self._check_integrity = check_integrity
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        # Set whenever there may be something to do: a command, or an adapter that was loaded.
+        self._wake = wake
+        self._stopping = False
+        self._sequences: dict[str, Sequence] = {}
+        self._texts: dict[Sequence, Detokenizer] = {}
+        self._thread = threading.Thread(target=self._loop, name="polydelta-engine", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._stopping
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def shutdown(self, timeout: float = 10.0) -> None:
+        """Ends the loop after the step at hand; what still runs ends with FinishReason.ABORT."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def submit(self, request: GenerationRequest, on_output: OutputHandler) -> None:
+        """Thread-safe. Raises EngineDeadError; what is wrong with one request comes back as its
+        output, with FinishReason.ERROR."""
+        if not self.alive:
+            raise EngineDeadError("The engine is not running.")
+        self._command(lambda: self._add(Sequence(request, on_output)))
+
+    def abort(self, request_id: str) -> None:
+        """Thread-safe. Drops a request, without a last output; its pages are free at once."""
+        self._command(lambda: self._abort(request_id))
+
+    def stats(self) -> EngineStats:
+        """Thread-safe: as of the end of the last step."""
+        return self._recorder.snapshot
+
+    def _command(self, command: Command) -> None:
+        self._commands.put(command)
+        self._wake.set()
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                self._take_commands()
+                if not self._step():
+                    self._rest()
+        except Exception:
+            logger.exception("the engine's loop failed")
+            self._end_all(FinishReason.ERROR, "The engine failed; see the server's log.")
+        else:
+            self._end_all(FinishReason.ABORT)
+        finally:
+            self._stopping = True
+
+    def _step(self) -> bool:
+        """One step; False when there was nothing to run."""
+        began = time.perf_counter()
+        schedule = self._scheduler.schedule()
+        for failure in self._scheduler.take_failures():
+            self._finish(failure.sequence, FinishReason.ERROR, failure.reason)
+        if schedule:
+            tokens = self._runner.step(schedule, self._scheduler.bound_adapter)
+            self._scheduler.commit(schedule, tokens)
+            self._hand_out(schedule, tokens)
+            self._recorder.step(schedule, tokens, time.perf_counter() - began)
+        self._recorder.refresh(self._scheduler)
+        return bool(schedule)
+
+    def _rest(self) -> None:
+        """Nothing can run: waits for a command or for an adapter to be loaded."""
+        if self._check_integrity:
+            self._scheduler.check_integrity()
+        self._wake.wait()
+
+    def _take_commands(self) -> None:
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _add(self, sequence: Sequence) -> None:
+        if sequence.num_prompt_tokens + 1 > self.max_model_len:
+            self._recorder.finished(FinishReason.ERROR)
+            problem = (
+                f"The prompt has {sequence.num_prompt_tokens} tokens, but the context window is "
+                f"{self.max_model_len} tokens and an answer needs at least one of them."
+            )
+            sequence.on_output(_last_output(sequence, FinishReason.ERROR, problem))
+            return
+        self._sequences[sequence.id] = sequence
+        self._texts[sequence] = Detokenizer(self.tokenizer, self._bounded(sequence))
+        self._scheduler.add(sequence)
+
+    def _bounded(self, sequence: Sequence) -> SamplingParams:
+        """Sampling parameters with `max_tokens` cut to the context window."""
+        params = sequence.request.sampling
+        room = self.max_model_len - sequence.num_prompt_tokens
+        return replace(params, max_tokens=min(params.max_tokens, room))
+
+    def _abort(self, request_id: str) -> None:
+        if sequence := self._sequences.get(request_id):
+            self._scheduler.remove(sequence)
+            self._forget(sequence)
+            self._recorder.finished(FinishReason.ABORT)
+            self._recorder.refresh(self._scheduler)
+
+    def _hand_out(self, schedule: Schedule, tokens: list[SampledToken | None]) -> None:
+        for scheduled, token in zip(schedule, tokens, strict=True):
+            if token is None:
+                continue
+            sequence = scheduled.sequence
+            step = self._texts[sequence].push(token.token_id)
+            if step.finish_reason:
+                self._scheduler.remove(sequence)
+                self._forget(sequence)
+                self._recorder.finished(step.finish_reason)
+            sequence.on_output(_output(sequence, token, step))
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """Ends a sequence that the scheduler no longer has."""
+        self._forget(sequence)
+        self._recorder.finished(reason)
+        sequence.on_output(_last_output(sequence, reason, error))
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.id], self._texts[sequence]
+        self._runner.forget(sequence)
+
+    def _end_all(self, reason: FinishReason, error: str | None = None) -> None:
+        self._stopping = True
+        self._take_commands()
+        for sequence in list(self._sequences.values()):
+            self._finish(sequence, reason, error)
+
+
+def _output(sequence: Sequence, token: SampledToken, step: TextStep) -> RequestOutput:
+    return RequestOutput(
+        request_id=sequence.id,
+        text=step.text,
+        token_ids=(token.token_id,),
+        logprobs=(token.logprob,) if token.logprob else (),
+        cached_tokens=sequence.num_cached or 0,
+        finish_reason=step.finish_reason,
+        stop_reason=step.stop_reason,
+    )
+
+
+def _last_output(
+    sequence: Sequence, reason: FinishReason, error: str | None = None
+) -> RequestOutput:
+    """An end without a token."""
+    return RequestOutput(
+        request_id=sequence.id, text="", token_ids=(), finish_reason=reason, error=error
+    )

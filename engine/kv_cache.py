@@ -1,0 +1,149 @@
+"""Block tables and the prefix cache: which pages hold the KV of which tokens. Imports no torch.
+
+A full block is known by a hash chained over all tokens up to its end. The chain starts from the
+digest of the adapter version that computes it, so that no two variants ever share KV, and a new
+version under an old name finds nothing of the old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+
+from polydelta.engine.eviction import CostModel
+from polydelta.engine.pool import PagePool
+from polydelta.engine.sequence import Sequence
+
+BASE_NAMESPACE = "base"
+
+
+@dataclass
+class CachedBlock:
+    """A published page: full, computed, and known by its hash."""
+
+    page: int
+    hash: bytes
+    uses: int = 1
+
+
+@dataclass
+class PrefixCacheStats:
+    """Prompt tokens asked of the prefix cache, and found."""
+
+    queries: int = 0
+    hits: int = 0
+
+
+@dataclass
+class KVCache:
+    """Pages of running sequences and of prefixes worth keeping."""
+
+    pool: PagePool
+    block_size: int
+    costs: CostModel
+    prefix_caching: bool = True
+    stats: PrefixCacheStats = field(default_factory=PrefixCacheStats)
+    # Users of each page in a block table.
+    _users: Counter[int] = field(default_factory=Counter)
+    _by_hash: dict[bytes, CachedBlock] = field(default_factory=dict)
+    _by_page: dict[int, CachedBlock] = field(default_factory=dict)
+
+    @property
+    def num_used_pages(self) -> int:
+        """Pages in the block table of some sequence."""
+        return len(self._users)
+
+    def used_pages(self) -> list[int]:
+        return list(self._users)
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def pages_missing(self, sequence: Sequence, num_tokens: int) -> int:
+        """Pages still to be allocated before the first `num_tokens` tokens have a place."""
+        return max(0, self.pages_for(num_tokens) - len(sequence.block_table))
+
+    def find_prefix(self, sequence: Sequence, namespace: str) -> list[int]:
+        """Pages that already hold the sequence's first full blocks. Changes nothing.
+
+        At least one token is left out: its logits are needed.
+        """
+        if not self.prefix_caching:
+            return []
+        self._extend_hashes(sequence, namespace)
+        pages: list[int] = []
+        for block_hash in sequence.block_hashes[: (sequence.num_tokens - 1) // self.block_size]:
+            block = self._by_hash.get(block_hash)
+            if block is None:
+                break
+            pages.append(block.page)
+        return pages
+
+    def idle_among(self, pages: list[int]) -> int:
+        """How many of these pages the pool counts as evictable."""
+        return sum(1 for page in pages if page not in self._users)
+
+    def admit(self, sequence: Sequence, prefix: list[int]) -> None:
+        """Gives a sequence the prefix that `find_prefix` found for it."""
+        for page in prefix:
+            if page not in self._users:
+                self.pool.revive(self._by_page[page].hash)
+            self._users[page] += 1
+            self._by_page[page].uses += 1
+        sequence.block_table = list(prefix)
+        sequence.num_published = len(prefix)
+        sequence.num_computed = len(prefix) * self.block_size
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+            self.stats.queries += sequence.num_prompt_tokens
+            self.stats.hits += sequence.num_computed
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> None:
+        """Gives a sequence room for its first `num_tokens` tokens; the pool was asked before."""
+        pages = self.pool.allocate(self.pages_missing(sequence, num_tokens))
+        self._users.update(pages)
+        sequence.block_table += pages
+
+    def publish(self, sequence: Sequence, namespace: str) -> None:
+        """Makes the sequence's full, computed blocks known to others."""
+        if not self.prefix_caching:
+            return
+        self._extend_hashes(sequence, namespace)
+        full = sequence.num_computed // self.block_size
+        for index in range(sequence.num_published, full):
+            page, block_hash = sequence.block_table[index], sequence.block_hashes[index]
+            # Where another sequence was faster with the same block, this page stays private.
+            if block_hash not in self._by_hash:
+                block = CachedBlock(page, block_hash)
+                self._by_page[page] = self._by_hash[block_hash] = block
+        sequence.num_published = full
+
+    def release(self, sequence: Sequence) -> None:
+        """Takes a sequence's pages away: published ones are kept while there is room."""
+        # From the end: a block is worthless without those before it, so it must leave first.
+        for page in reversed(sequence.block_table):
+            self._users[page] -= 1
+            if self._users[page]:
+                continue
+            del self._users[page]
+            if block := self._by_page.get(page):
+                cost = self.costs.prefill_seconds(self.block_size)
+                forget = partial(self._forget, block)
+                self.pool.retire(block.hash, [page], cost, block.uses, forget)
+            else:
+                self.pool.free([page])
+        sequence.block_table = []
+        sequence.num_computed = 0
+
+    def _forget(self, block: CachedBlock) -> None:
+        del self._by_hash[block.hash], self._by_page[block.page]
+
+    def _extend_hashes(self, sequence: Sequence, namespace: str) -> None:
+        size, hashes = self.block_size, sequence.block_hashes
+        for block in range(len(hashes), sequence.num_tokens // size):
+            before = hashes[-1] if hashes else namespace.encode()
+            tokens = array("q", sequence.token_ids[block * size : (block + 1) * size])
+            hashes.append(hashlib.blake2b(before + tokens.tobytes(), digest_size=16).digest())

@@ -1,0 +1,95 @@
+"""A Llama-like decoder over a paged KV cache. It knows nothing of adapters: what they change is
+put around its linear layers after it is made (see `engine/deltas.py`)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.engine.models.config import ModelConfig
+from polydelta.engine.models.layers import (
+    MLP,
+    Attention,
+    PagedAttention,
+    RMSNorm,
+    Rotation,
+    fused_linears,
+)
+from polydelta.engine.models.rope import rope_tables
+from polydelta.engine.models.weights import Weights
+from polydelta.kernels.ops import Kernels, Linear
+
+
+class DecoderLayer:
+    def __init__(self, config: ModelConfig, layer: int, weights: Weights, kernels: Kernels):
+        prefix, size, eps = f"model.layers.{layer}", config.hidden_size, config.rms_norm_eps
+        linears = fused_linears(config)
+        self.attention_norm = RMSNorm(f"{prefix}.input_layernorm", size, eps, weights, kernels)
+        self.attention = Attention(config, layer, linears[:2], weights, kernels)
+        self.mlp_norm = RMSNorm(f"{prefix}.post_attention_layernorm", size, eps, weights, kernels)
+        self.mlp = MLP(config, layer, linears[2:], weights, kernels)
+
+    def __call__(self, hidden: Tensor, rotation: Rotation, cache: PagedAttention) -> Tensor:
+        hidden = self.attention(self.attention_norm(hidden), rotation, cache).add_(hidden)
+        return self.mlp(self.mlp_norm(hidden)).add_(hidden)
+
+    def wrap_linears(self, wrap: Callable[[int, Linear], Linear]) -> None:
+        """Puts `wrap(index, linear)` in the place of each linear layer, the index being the one
+        in `BaseLayout.linears`."""
+        self.attention.qkv_proj = wrap(0, self.attention.qkv_proj)
+        self.attention.o_proj = wrap(1, self.attention.o_proj)
+        self.mlp.gate_up_proj = wrap(2, self.mlp.gate_up_proj)
+        self.mlp.down_proj = wrap(3, self.mlp.down_proj)
+
+
+class Decoder:
+    """Token ids in, logits out, for any of the families in `config.py`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        kernels: Kernels,
+        max_positions: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config = config
+        embedding_shape = (config.vocab_size, config.hidden_size)
+        self.embedding = weights.take("model.embed_tokens.weight", embedding_shape)
+        self.layers = [
+            DecoderLayer(config, layer, weights, kernels) for layer in range(config.num_layers)
+        ]
+        self.norm = RMSNorm(
+            "model.norm", config.hidden_size, config.rms_norm_eps, weights, kernels
+        )
+        head = (
+            self.embedding
+            if config.tie_embeddings
+            else weights.take("lm_head.weight", embedding_shape)
+        )
+        self.lm_head = kernels.linear(head, None)
+        self.cos, self.sin = rope_tables(config.rope, config.head_dim, max_positions, dtype)
+        weights.finish()
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor, cache: PagedAttention) -> Tensor:
+        """tokens, positions: `[tokens]` int64 -> `[tokens, hidden]`, before the last norm."""
+        hidden = F.embedding(tokens, self.embedding)
+        rotation = Rotation(self.cos[positions], self.sin[positions])
+        for layer in self.layers:
+            hidden = layer(hidden, rotation, cache)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[rows, hidden]` -> `[rows, vocab]`, float32."""
+        return self.lm_head(self.norm(hidden)).float()
+
+
+def base_layout(config: ModelConfig, model_id: str) -> BaseLayout:
+    """What adapters need to know of this decoder."""
+    fingerprint = hashlib.sha256(f"{model_id}\n{config}".encode()).hexdigest()
+    return BaseLayout(fingerprint, config.num_layers, fused_linears(config))

@@ -1,0 +1,160 @@
+"""GGUF files: shapes from their metadata, tensors dequantised by the `gguf` library."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from polydelta.engine.models.config import FAMILIES, ModelConfig, RopeConfig
+from polydelta.engine.models.errors import ModelError
+
+# GGUF's tensor names -> Hugging Face's, within a block and outside of blocks.
+_BLOCK_NAMES: Mapping[str, str] = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OUTER_NAMES: Mapping[str, str] = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+# Llama 3's stretched frequencies come as a tensor of divisors, not as metadata.
+_ROPE_DIVISORS = "rope_freqs.weight"
+
+
+class GgufFile:
+    """One GGUF file, memory-mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except FileNotFoundError:
+            raise ModelError(f"There is no file {path}.") from None
+        except Exception as damage:  # the reader raises whatever its parsing runs into
+            raise ModelError(f"{path.name} is not a readable GGUF file: {damage}") from None
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._hf_names = {
+            hf_name: name for name in self._tensors if (hf_name := _hf_name(name)) is not None
+        }
+        self.config = self._read_config()
+
+    def field(self, key: str, default: Any = None) -> Any:
+        """A metadata value, or the default."""
+        field = self._reader.get_field(key)
+        return default if field is None else field.contents()
+
+    def names(self) -> Collection[str]:
+        known = set(self._hf_names)
+        return known | {n for n in self._tensors if _hf_name(n) is None and n != _ROPE_DIVISORS}
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._tensors[self._hf_names[name]]
+        values = self._dequantised(tensor)
+        if self.config.family == "llama" and (".q_proj." in name or ".k_proj." in name):
+            heads = self.config.num_heads if ".q_proj." in name else self.config.num_kv_heads
+            return _unpermuted(values, heads)
+        return values
+
+    def _dequantised(self, tensor: Any) -> Tensor:
+        try:
+            return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        except NotImplementedError:
+            raise ModelError(
+                f"Tensor {tensor.name!r} of {self.path.name} has the type "
+                f"{tensor.tensor_type.name}, which the gguf library cannot dequantise."
+            ) from None
+
+    def _read_config(self) -> ModelConfig:
+        family = str(self.field("general.architecture"))
+        if family not in FAMILIES:
+            raise ModelError(
+                f"{self.path.name} has the architecture {family!r}, which is not supported; "
+                f"PolyDelta serves {', '.join(FAMILIES)}."
+            )
+
+        def required(key: str) -> Any:
+            value = self.field(f"{family}.{key}")
+            if value is None:
+                raise ModelError(f"{self.path.name} lacks the metadata key {family}.{key}.")
+            return value
+
+        hidden, heads = int(required("embedding_length")), int(required("attention.head_count"))
+        layers = int(required("block_count"))
+        if "token_embd.weight" not in self._tensors:
+            raise ModelError(f"{self.path.name} has no tensor 'token_embd.weight'.")
+        eos = [self.field(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+        return ModelConfig(
+            family=family,
+            vocab_size=int(self._tensors["token_embd.weight"].shape[1]),
+            hidden_size=hidden,
+            intermediate_size=int(required("feed_forward_length")),
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=int(self.field(f"{family}.attention.head_count_kv", heads)),
+            head_dim=int(self.field(f"{family}.attention.key_length", hidden // heads)),
+            rms_norm_eps=float(required("attention.layer_norm_rms_epsilon")),
+            context_length=int(required("context_length")),
+            rope=self._read_rope(family),
+            tie_embeddings="output.weight" not in self._tensors,
+            qkv_bias="blk.0.attn_q.bias" in self._tensors,
+            o_bias="blk.0.attn_output.bias" in self._tensors,
+            mlp_bias="blk.0.ffn_gate.bias" in self._tensors,
+            qk_norm=FAMILIES[family]["qk_norm"],
+            sliding_windows=(None,) * layers,
+            eos_token_ids=tuple(dict.fromkeys(int(i) for i in eos if i is not None)),
+        )
+
+    def _read_rope(self, family: str) -> RopeConfig:
+        theta = float(self.field(f"{family}.rope.freq_base", 10000.0))
+        if divisors := self._tensors.get(_ROPE_DIVISORS):
+            return RopeConfig(theta, "divided", {"divisors": self._dequantised(divisors).tolist()})
+        kind = str(self.field(f"{family}.rope.scaling.type", "none"))
+        if kind == "none":
+            return RopeConfig(theta)
+        if kind not in ("linear", "yarn"):
+            raise ModelError(f"rope scaling {kind!r} is not supported in a GGUF file.")
+        prefix = f"{family}.rope.scaling"
+        original = self.field(f"{prefix}.original_context_length")
+        return RopeConfig(
+            theta,
+            kind,
+            {
+                "factor": self.field(f"{prefix}.factor", 1.0),
+                "original_max_position_embeddings": original
+                or self.field(f"{family}.context_length"),
+            },
+        )
+
+
+def _hf_name(name: str) -> str | None:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; None when unknown."""
+    stem, _, suffix = name.rpartition(".")
+    if stem in _OUTER_NAMES:
+        return f"{_OUTER_NAMES[stem]}.{suffix}"
+    match stem.split("."):
+        case ["blk", layer, part] if part in _BLOCK_NAMES:
+            return f"model.layers.{layer}.{_BLOCK_NAMES[part]}.{suffix}"
+    return None
+
+
+def _unpermuted(values: Tensor, heads: int) -> Tensor:
+    """GGUF interleaves the two rotary halves of each Llama head's q and k rows; Hugging Face's
+    order, which the rotation here expects, has them one after the other."""
+    rows = values.shape[0]
+    halves = values.reshape(heads, rows // heads // 2, 2, *values.shape[1:])
+    return halves.transpose(1, 2).reshape(values.shape)

@@ -1,0 +1,146 @@
+"""The decoder's parts. They know sizes and weights; how anything is computed is the kernels'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from polydelta.adapters_store.base_layout import FusedLinear, LinearPart
+from polydelta.engine.models.config import ModelConfig
+from polydelta.engine.models.weights import Weights
+from polydelta.kernels.ops import Kernels, Linear
+
+
+class PagedAttention(Protocol):
+    """The KV cache as a decoder sees it during one step."""
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Stores this step's keys and values `[tokens, kv_heads, head_dim]` and lets the queries
+        `[tokens, heads, head_dim]` attend to all of their sequence -> like the queries."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """Cosines and sines for the positions of one step, each `[tokens, head_dim]`."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def fused_linears(config: ModelConfig) -> tuple[FusedLinear, ...]:
+    """The four matrix products of a block, in the order in which a token meets them."""
+    q, kv, hidden, inner = (
+        config.q_size,
+        config.kv_size,
+        config.hidden_size,
+        config.intermediate_size,
+    )
+    return (
+        FusedLinear(
+            "self_attn.qkv_proj",
+            hidden,
+            (
+                LinearPart("self_attn.q_proj", q),
+                LinearPart("self_attn.k_proj", kv),
+                LinearPart("self_attn.v_proj", kv),
+            ),
+        ),
+        FusedLinear("self_attn.o_proj", q, (LinearPart("self_attn.o_proj", hidden),)),
+        FusedLinear(
+            "mlp.gate_up_proj",
+            hidden,
+            (LinearPart("mlp.gate_proj", inner), LinearPart("mlp.up_proj", inner)),
+        ),
+        FusedLinear("mlp.down_proj", inner, (LinearPart("mlp.down_proj", hidden),)),
+    )
+
+
+def load_linear(
+    fused: FusedLinear, prefix: str, bias: bool, weights: Weights, kernels: Kernels
+) -> Linear:
+    """Stacks the parts' weights, and their biases where the family has them."""
+    stacked = torch.cat(
+        [
+            weights.take(f"{prefix}.{part.name}.weight", (part.out_features, fused.in_features))
+            for part in fused.parts
+        ]
+    )
+    biases = [
+        weights.take(f"{prefix}.{part.name}.bias", (part.out_features,))
+        for part in fused.parts
+        if bias
+    ]
+    return kernels.linear(stacked, torch.cat(biases) if biases else None)
+
+
+class RMSNorm:
+    def __init__(self, name: str, size: int, eps: float, weights: Weights, kernels: Kernels):
+        self.weight = weights.take(f"{name}.weight", (size,))
+        self.eps = eps
+        self.kernels = kernels
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+
+class Attention:
+    """Grouped-query attention with rotary positions; q/k norm where the family has it."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        linears: Sequence[FusedLinear],
+        weights: Weights,
+        kernels: Kernels,
+    ) -> None:
+        prefix = f"model.layers.{layer}"
+        self.config = config
+        self.layer = layer
+        self.kernels = kernels
+        qkv, output = linears
+        self.qkv_proj = load_linear(qkv, prefix, config.qkv_bias, weights, kernels)
+        self.o_proj = load_linear(output, prefix, config.o_bias, weights, kernels)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            size, eps = config.head_dim, config.rms_norm_eps
+            self.q_norm = RMSNorm(f"{prefix}.self_attn.q_norm", size, eps, weights, kernels)
+            self.k_norm = RMSNorm(f"{prefix}.self_attn.k_norm", size, eps, weights, kernels)
+
+    def __call__(self, x: Tensor, rotation: Rotation, cache: PagedAttention) -> Tensor:
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        # [tokens, heads + 2 * kv_heads, head_dim]
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim))
+        queries_keys, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if self.q_norm and self.k_norm:
+            queries, keys = queries_keys.split((heads, kv_heads), 1)
+            queries_keys = torch.cat((self.q_norm(queries), self.k_norm(keys)), 1)
+        rotated = self.kernels.rotate(queries_keys, rotation.cos, rotation.sin)
+        queries, keys = rotated[:, :heads], rotated[:, heads:]
+        mixed = cache.attend(self.layer, queries, keys, values)
+        return self.o_proj(mixed.flatten(1))
+
+
+class MLP:
+    """Gated feed-forward: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        linears: Sequence[FusedLinear],
+        weights: Weights,
+        kernels: Kernels,
+    ) -> None:
+        prefix = f"model.layers.{layer}"
+        gate_up, down = linears
+        self.kernels = kernels
+        self.gate_up_proj = load_linear(gate_up, prefix, config.mlp_bias, weights, kernels)
+        self.down_proj = load_linear(down, prefix, config.mlp_bias, weights, kernels)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.kernels.silu_mul(self.gate_up_proj(x)))

@@ -1,0 +1,207 @@
+"""Which adapters lie in the pool, which are on their way, and who uses them. Imports no torch.
+
+    on disk -> loading to host -> on host -> resident
+                      |                        |  ^
+                      v                        v  |  in use, or idle and evictable
+                    failed                  on disk
+
+This class alone moves an adapter from one state to another, on the engine's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from polydelta.adapters_store.catalog import AdapterRef
+from polydelta.engine.eviction import CostModel
+from polydelta.engine.pool import PagePool
+
+
+class ResidencyState(Enum):
+    ON_DISK = "on disk"
+    LOADING_TO_HOST = "loading to host"
+    ON_HOST = "on host"
+    RESIDENT = "resident"
+    FAILED = "failed"
+
+
+class HostAdapter(Protocol):
+    """An adapter in host RAM, packed for the pool."""
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def bytes_per_layer(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class HostTier(Protocol):
+    """Where packed adapters come from; loads happen on its own threads."""
+
+    def load(self, ref: AdapterRef) -> Future[HostAdapter]: ...
+
+
+class BoundAdapter(Protocol):
+    """An adapter in the pool, ready for the kernels. Only the runner looks inside."""
+
+
+# Copies a packed adapter into pages of the pool.
+Binder = Callable[[HostAdapter, Sequence[int]], BoundAdapter]
+
+
+@dataclass
+class _Entry:
+    state: ResidencyState = ResidencyState.ON_DISK
+    loading: Future[HostAdapter] | None = None
+    # Kept from the end of the load until it is in the pool.
+    packed: HostAdapter | None = None
+    error: str | None = None
+    # Known once it was loaded.
+    digest: str = ""
+    nbytes: int = 0
+    pages: list[int] = field(default_factory=list)
+    bound: BoundAdapter | None = None
+    # Sequences that run with it; idle when 0.
+    users: int = 0
+    uses: int = 0
+
+
+class Residency:
+    """Adapters in the pool. Ask (`state`, `pages_to_acquire`), then `acquire`, which cannot fail."""
+
+    def __init__(
+        self,
+        pool: PagePool,
+        page_bytes: int,
+        host: HostTier,
+        bind: Binder,
+        costs: CostModel,
+        on_loaded: Callable[[], None],
+    ) -> None:
+        self._pool = pool
+        self._page_bytes = page_bytes
+        self._host = host
+        self._bind = bind
+        self._costs = costs
+        # Called on a loader's thread when a load ends, so that the engine looks again.
+        self._on_loaded = on_loaded
+        self._entries: dict[AdapterRef, _Entry] = {}
+        self.num_loads = 0
+        self.num_evictions = 0
+
+    def state(self, ref: AdapterRef) -> ResidencyState:
+        """Where the adapter is now; notices that a load has ended."""
+        entry = self._entries.get(ref)
+        if entry is None:
+            return ResidencyState.ON_DISK
+        if entry.loading is not None and entry.loading.done():
+            self._finish_load(entry, entry.loading)
+        return entry.state
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        """Starts to bring an adapter to the host, if that is not done or under way."""
+        if self.state(ref) is not ResidencyState.ON_DISK:
+            return
+        entry = self._entries.setdefault(ref, _Entry())
+        entry.state = ResidencyState.LOADING_TO_HOST
+        entry.loading = self._host.load(ref)
+        entry.loading.add_done_callback(lambda _: self._on_loaded())
+
+    def digest(self, ref: AdapterRef) -> str:
+        """Of the adapter's content; it must be on the host or resident."""
+        return self._entries[ref].digest
+
+    def take_error(self, ref: AdapterRef) -> str:
+        """Why the load failed; forgets the failure, so that the next request tries again."""
+        return self._entries.pop(ref).error or "unknown error"
+
+    def drop_unused(self, ref: AdapterRef) -> None:
+        """Nobody waits for the adapter any more: lets go of what was loaded for the pool."""
+        if ref in self._entries and self.state(ref) is not ResidencyState.RESIDENT:
+            del self._entries[ref]
+
+    def pages_to_acquire(self, ref: AdapterRef) -> int:
+        """How many available pages `acquire` would take from the pool: those still to be
+        allocated, or those that are resident and idle now."""
+        entry = self._entries[ref]
+        if entry.state is ResidencyState.RESIDENT:
+            return 0 if entry.users else len(entry.pages)
+        return self.pages_needed(ref)
+
+    def pages_needed(self, ref: AdapterRef) -> int:
+        """The adapter's size in pages; it must be on the host or resident."""
+        entry = self._entries[ref]
+        if entry.state is ResidencyState.RESIDENT:
+            return len(entry.pages)
+        if entry.packed is None:
+            raise ValueError(f"adapter {ref.name} is {entry.state.value}: its size is not known")
+        return max(1, -(-entry.packed.bytes_per_layer // self._page_bytes))
+
+    def acquire(self, ref: AdapterRef) -> BoundAdapter:
+        """Makes the adapter resident, for one more sequence."""
+        entry = self._entries[ref]
+        if entry.state is ResidencyState.ON_HOST:
+            self._load_to_pool(ref, entry)
+        elif not entry.users:
+            self._pool.revive(ref)
+        entry.users += 1
+        entry.uses += 1
+        return self.bound(ref)
+
+    def bound(self, ref: AdapterRef) -> BoundAdapter:
+        """A resident adapter, for the runner."""
+        bound = self._entries[ref].bound
+        if bound is None:
+            raise ValueError(f"adapter {ref.name} is not resident")
+        return bound
+
+    def release(self, ref: AdapterRef) -> None:
+        """One sequence less uses it; the last one leaves it idle, and evictable."""
+        entry = self._entries[ref]
+        entry.users -= 1
+        if not entry.users:
+            cost = self._costs.load_seconds(entry.nbytes)
+            self._pool.retire(ref, entry.pages, cost, entry.uses, lambda: self._forget(ref))
+
+    def resident(self) -> list[AdapterRef]:
+        return [r for r, e in self._entries.items() if e.state is ResidencyState.RESIDENT]
+
+    def used_pages(self) -> list[int]:
+        """Pages of adapters that some sequence uses."""
+        return [page for entry in self._entries.values() if entry.users for page in entry.pages]
+
+    def num_idle_pages(self) -> int:
+        return sum(len(e.pages) for e in self._entries.values() if not e.users)
+
+    def _finish_load(self, entry: _Entry, loading: Future[HostAdapter]) -> None:
+        entry.loading = None
+        if (error := loading.exception()) is not None:
+            entry.state, entry.error = ResidencyState.FAILED, str(error)
+            return
+        entry.packed = loading.result()
+        entry.digest, entry.nbytes = entry.packed.digest, entry.packed.nbytes
+        entry.state = ResidencyState.ON_HOST
+
+    def _load_to_pool(self, ref: AdapterRef, entry: _Entry) -> None:
+        packed = entry.packed
+        if packed is None:
+            raise ValueError(f"adapter {ref.name} is {entry.state.value}, not on the host")
+        entry.pages = self._pool.allocate_run(self.pages_needed(ref))
+        began = time.perf_counter()
+        entry.bound = self._bind(packed, entry.pages)
+        self._costs.observe_load(max(1, packed.nbytes), time.perf_counter() - began)
+        entry.packed = None
+        entry.state = ResidencyState.RESIDENT
+        self.num_loads += 1
+
+    def _forget(self, ref: AdapterRef) -> None:
+        del self._entries[ref]
+        self.num_evictions += 1

@@ -1,0 +1,60 @@
+"""The CPU's set of kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polydelta.kernels.cpu import attention, deltas
+from polydelta.kernels.cpu.linear import packed_linear
+from polydelta.kernels.ops import (
+    AttentionShape,
+    Linear,
+    LowRankWeights,
+    SequenceSlice,
+    SparseWeights,
+)
+
+
+class CpuKernels:
+    """oneDNN products on packed weights, torch's flash attention over gathered pages."""
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return packed_linear(weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        swapped = torch.cat((second, first), -1)
+        return (x * cos[:, None]).addcmul_(swapped, sin[:, None])
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    def store_kv(self, kv: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        pages, _, block_size, heads, head_dim = kv.shape
+        rows = kv.view(pages * 2 * block_size, heads, head_dim)
+        # A page's keys are followed by its values, so whole pages before it count twice.
+        key_rows = slots + slots // block_size * block_size
+        rows.index_copy_(0, key_rows, keys)
+        rows.index_copy_(0, key_rows + block_size, values)
+
+    def plan_attention(
+        self, shape: AttentionShape, sequences: Sequence[SequenceSlice], dtype: torch.dtype
+    ) -> attention.AttentionPlan:
+        return attention.plan(shape, sequences, dtype)
+
+    def attention(self, plan: attention.AttentionPlan, queries: Tensor, kv: Tensor) -> Tensor:
+        return attention.attend(plan, queries, kv)
+
+    def add_low_rank(self, y: Tensor, x: Tensor, weights: LowRankWeights) -> None:
+        deltas.add_low_rank(y, x, weights)
+
+    def add_sparse(self, y: Tensor, x: Tensor, weights: SparseWeights) -> None:
+        deltas.add_sparse(y, x, weights)

@@ -1,0 +1,128 @@
+"""The operations that the engine needs, each named once, and the choice of who computes them.
+
+`reference.py` is the plain truth; the folders beside it are faster versions, tested against it.
+A set of kernels is chosen once, when the engine starts, and handed down: there is no global.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+# x: [tokens, in] -> [tokens, out]
+Linear = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SequenceSlice:
+    """One sequence's part of a step: its query rows and where its keys and values lie."""
+
+    # Rows of the flat batch: start : start + length.
+    start: int
+    length: int
+    # Tokens with KV once this step's are stored; the queries are the last `length` of them.
+    context: int
+    # Page ids; page i holds tokens i * block_size and on.
+    pages: Sequence[int]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes that attention needs; the same for every layer but for the window."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    # Tokens in one page.
+    block_size: int
+    # How many tokens back a query sees, itself included; None sees all.
+    window: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankBlock:
+    """The expansion of one part of a fused linear layer."""
+
+    # Columns of y that it adds to: out_start : out_start + out_features.
+    out_start: int
+    # Rows of `a` that it reads: rank_start : rank_start + rank.
+    rank_start: int
+    # [rank, out_features]; B transposed, the scale folded in.
+    b_t: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankWeights:
+    """A low-rank delta of one (fused) linear layer, as views of adapter pages."""
+
+    # [sum of ranks, in]
+    a: Tensor
+    blocks: tuple[LowRankBlock, ...]
+    # [elements]: the memory that `a` and all `b_t` are views of.
+    storage: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SparseWeights:
+    """A sparse delta of one (fused) linear layer in CSR form, as views of adapter pages."""
+
+    # [out + 1] int32
+    row_pointers: Tensor
+    # [nnz] int32
+    columns: Tensor
+    # [nnz]
+    values: Tensor
+
+
+class Kernels(Protocol):
+    """One device's versions of every operation."""
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """`x @ weight.T + bias`, the weight (`[out, in]`) laid out once as the device likes it."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x: `[..., hidden]`, weight: `[hidden]` (arXiv:1910.07467)."""
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotary embedding of x `[tokens, heads, head_dim]`; cos, sin: `[tokens, head_dim]`, as
+        `rope_tables` makes them."""
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        """x: `[tokens, 2 * n]`, gate beside up -> `silu(gate) * up`, `[tokens, n]`."""
+
+    def store_kv(self, kv: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """Writes keys and values `[tokens, kv_heads, head_dim]` into one layer of the pool.
+
+        kv: `[pages, 2, block_size, kv_heads, head_dim]`, keys at 0 and values at 1 of the second
+        axis; slots: `[tokens]` int64, page * block_size + place in the page.
+        """
+
+    def plan_attention(
+        self, shape: AttentionShape, sequences: Sequence[SequenceSlice], dtype: torch.dtype
+    ) -> Any:
+        """What `attention` needs to know of a step; made once and used by every layer."""
+
+    def attention(self, plan: Any, queries: Tensor, kv: Tensor) -> Tensor:
+        """Causal attention over paged KV: queries `[tokens, heads, head_dim]` -> the same shape.
+        kv as in `store_kv`, with this step's keys and values already stored."""
+
+    def add_low_rank(self, y: Tensor, x: Tensor, weights: LowRankWeights) -> None:
+        """y `[tokens, out]` += `x @ A.T @ B.T` in place; x: `[tokens, in]`."""
+
+    def add_sparse(self, y: Tensor, x: Tensor, weights: SparseWeights) -> None:
+        """y `[tokens, out]` += `x @ dW.T` in place; x: `[tokens, in]`."""
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """The fastest kernels for a device."""
+    if device.type == "cpu":
+        from polydelta.kernels.cpu.kernels import CpuKernels
+
+        return CpuKernels()
+    from polydelta.kernels.reference import ReferenceKernels
+
+    return ReferenceKernels()

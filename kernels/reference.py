@@ -1,0 +1,93 @@
+"""Every operation in plain torch, written to be read and trusted rather than to be fast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polydelta.kernels.ops import (
+    AttentionShape,
+    Linear,
+    LowRankWeights,
+    SequenceSlice,
+    SparseWeights,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ReferencePlan:
+    shape: AttentionShape
+    sequences: Sequence[SequenceSlice]
+
+
+class ReferenceKernels:
+    """The truth that faster kernels are tested against; runs on any device."""
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return lambda x: torch.nn.functional.linear(x, weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return normed.to(x.dtype) * weight
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos[:, None] + torch.cat((second, first), -1) * sin[:, None]
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
+
+    def store_kv(self, kv: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        block_size = kv.shape[2]
+        pages, places = slots // block_size, slots % block_size
+        kv[pages, 0, places] = keys
+        kv[pages, 1, places] = values
+
+    def plan_attention(
+        self, shape: AttentionShape, sequences: Sequence[SequenceSlice], dtype: torch.dtype
+    ) -> ReferencePlan:
+        return ReferencePlan(shape, sequences)
+
+    def attention(self, plan: ReferencePlan, queries: Tensor, kv: Tensor) -> Tensor:
+        out = torch.empty_like(queries)
+        shape = plan.shape
+        group = shape.num_heads // shape.num_kv_heads
+        for sequence in plan.sequences:
+            rows = slice(sequence.start, sequence.start + sequence.length)
+            pages = torch.tensor(sequence.pages, device=kv.device)
+            # [2, kv_heads, context, head_dim]
+            keys_values = kv[pages].permute(1, 3, 0, 2, 4).flatten(2, 3)[:, :, : sequence.context]
+            keys, values = keys_values.float().repeat_interleave(group, 1)
+            scores = queries[rows].float().transpose(0, 1) @ keys.transpose(-1, -2)
+            scores = scores / math.sqrt(shape.head_dim)
+            scores.masked_fill_(~visible(sequence, shape.window, kv.device), -math.inf)
+            mixed = scores.softmax(-1) @ values
+            out[rows] = mixed.transpose(0, 1).to(out.dtype)
+        return out
+
+    def add_low_rank(self, y: Tensor, x: Tensor, weights: LowRankWeights) -> None:
+        shrunk = x @ weights.a.T
+        for block in weights.blocks:
+            rank, out_features = block.b_t.shape
+            columns = slice(block.out_start, block.out_start + out_features)
+            y[:, columns] += shrunk[:, block.rank_start : block.rank_start + rank] @ block.b_t
+
+    def add_sparse(self, y: Tensor, x: Tensor, weights: SparseWeights) -> None:
+        counts = weights.row_pointers.diff().long()
+        rows = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)
+        y.index_add_(1, rows, x[:, weights.columns.long()] * weights.values)
+
+
+def visible(sequence: SequenceSlice, window: int | None, device: torch.device) -> Tensor:
+    """Which keys each query sees, `[length, context]` bool: itself and what came before it, no
+    further back than the window."""
+    keys = torch.arange(sequence.context, device=device)
+    queries = keys[sequence.context - sequence.length :, None]
+    seen = keys <= queries
+    return seen if window is None else seen & (keys > queries - window)
