@@ -16,9 +16,10 @@ from polydelta.engine.models.checkpoint import Checkpoint, open_checkpoint
 from polydelta.engine.models.decoder import Decoder, base_layout
 from polydelta.engine.models.errors import ModelError
 from polydelta.engine.models.weights import Weights
+from polydelta.engine.paged_kv import kv_page_bytes
 from polydelta.engine.pool import PagePool
 from polydelta.engine.residency import Residency
-from polydelta.engine.runner import Runner, kv_page_bytes
+from polydelta.engine.runner import Runner
 from polydelta.engine.scheduler import Scheduler, SchedulerLimits
 from polydelta.engine.stats import StatsRecorder
 from polydelta.kernels.ops import Kernels, kernels_for

@@ -150,7 +150,7 @@ class Engine:
                 f"The prompt has {sequence.num_prompt_tokens} tokens, but the context window is "
                 f"{self.max_model_len} tokens and an answer needs at least one of them."
             )
-            sequence.on_output(_last_output(sequence, FinishReason.ERROR, problem))
+            _deliver(sequence, _last_output(sequence, FinishReason.ERROR, problem))
             return
         self._sequences[sequence.id] = sequence
         self._texts[sequence] = Detokenizer(self.tokenizer, self._bounded(sequence))
@@ -179,13 +179,13 @@ class Engine:
                 self._scheduler.remove(sequence)
                 self._forget(sequence)
                 self._recorder.finished(step.finish_reason)
-            sequence.on_output(_output(sequence, token, step))
+            _deliver(sequence, _output(sequence, token, step))
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """Ends a sequence that the scheduler no longer has."""
         self._forget(sequence)
         self._recorder.finished(reason)
-        sequence.on_output(_last_output(sequence, reason, error))
+        _deliver(sequence, _last_output(sequence, reason, error))
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.id], self._texts[sequence]
@@ -196,6 +196,14 @@ class Engine:
         self._take_commands()
         for sequence in list(self._sequences.values()):
             self._finish(sequence, reason, error)
+
+
+def _deliver(sequence: Sequence, output: RequestOutput) -> None:
+    """A client that cannot take its output must not take the engine down with it."""
+    try:
+        sequence.on_output(output)
+    except Exception:
+        logger.warning("request %s could not take its output", sequence.id, exc_info=True)
 
 
 def _output(sequence: Sequence, token: SampledToken, step: TextStep) -> RequestOutput:

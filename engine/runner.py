@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,57 +11,11 @@ from polydelta.adapters_store.catalog import AdapterRef
 from polydelta.adapters_store.packing import PackedAdapter
 from polydelta.engine.batch import Batch, build_batch
 from polydelta.engine.deltas import AdapterSegment, PoolAdapter, StepDeltas, wrap_decoder
-from polydelta.engine.models.config import ModelConfig
 from polydelta.engine.models.decoder import Decoder
+from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
 from polydelta.engine.sampler import Sampler
 from polydelta.engine.sequence import SampledToken, Schedule, Sequence as TokenSequence
-from polydelta.kernels.ops import AttentionShape, Kernels
-
-
-def kv_page_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one layer's keys and values for `block_size` tokens: the size of a page."""
-    return 2 * block_size * config.kv_size * dtype.itemsize
-
-
-class PagedKV:
-    """One step's view of the KV cache; what the decoder's attention layers call."""
-
-    def __init__(
-        self,
-        storage: Tensor,
-        config: ModelConfig,
-        block_size: int,
-        dtype: torch.dtype,
-        kernels: Kernels,
-    ) -> None:
-        """storage: the pool, `[layers, pages, page_bytes]` uint8."""
-        shape = (2, block_size, config.num_kv_heads, config.head_dim)
-        # For each layer: [pages, 2, block_size, kv_heads, head_dim]
-        self._layers = [layer.view(dtype).unflatten(-1, shape) for layer in storage]
-        self._windows = config.sliding_windows
-        self._shapes = {
-            window: AttentionShape(
-                config.num_heads, config.num_kv_heads, config.head_dim, block_size, window
-            )
-            for window in set(config.sliding_windows)
-        }
-        self._dtype = dtype
-        self._kernels = kernels
-        # Filled by `prepare`, for the step at hand.
-        self._plans: Mapping[int | None, Any] = {}
-        self._slots = torch.empty(0, dtype=torch.int64)
-
-    def prepare(self, batch: Batch) -> None:
-        self._slots = batch.slots
-        self._plans = {
-            window: self._kernels.plan_attention(shape, batch.slices, self._dtype)
-            for window, shape in self._shapes.items()
-        }
-
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        kv = self._layers[layer]
-        self._kernels.store_kv(kv, keys, values, self._slots)
-        return self._kernels.attention(self._plans[self._windows[layer]], queries, kv)
+from polydelta.kernels.ops import Kernels
 
 
 class Runner:
@@ -111,7 +64,7 @@ class Runner:
 
     def _logits(self, batch: Batch, bound: Callable[[AdapterRef], PoolAdapter]) -> Tensor:
         """`[samples, vocab]` float32."""
-        self._kv.prepare(batch)
+        self._kv.prepare(batch.slots, batch.slices)
         self._deltas.segments = [
             AdapterSegment(rows.start, rows.stop, bound(rows.adapter))
             for rows in batch.adapter_rows

@@ -1,0 +1,59 @@
+"""The KV cache's memory: pages of the pool, as the decoder's attention layers see them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polydelta.engine.models.config import ModelConfig
+from polydelta.kernels.ops import AttentionShape, Kernels, SequenceSlice
+
+
+def kv_page_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one layer's keys and values for `block_size` tokens: the size of a page."""
+    return 2 * block_size * config.kv_size * dtype.itemsize
+
+
+class PagedKV:
+    """One step's view of the KV cache; what the decoder's attention layers call."""
+
+    def __init__(
+        self,
+        storage: Tensor,
+        config: ModelConfig,
+        block_size: int,
+        dtype: torch.dtype,
+        kernels: Kernels,
+    ) -> None:
+        """storage: the pool, `[layers, pages, page_bytes]` uint8."""
+        shape = (2, block_size, config.num_kv_heads, config.head_dim)
+        # For each layer: [pages, 2, block_size, kv_heads, head_dim]
+        self._layers = [layer.view(dtype).unflatten(-1, shape) for layer in storage]
+        self._windows = config.sliding_windows
+        self._shapes = {
+            window: AttentionShape(
+                config.num_heads, config.num_kv_heads, config.head_dim, block_size, window
+            )
+            for window in set(config.sliding_windows)
+        }
+        self._dtype = dtype
+        self._kernels = kernels
+        # Filled by `prepare`, for the step at hand.
+        self._plans: Mapping[int | None, Any] = {}
+        self._slots = torch.empty(0, dtype=torch.int64)
+
+    def prepare(self, slots: Tensor, slices: Sequence[SequenceSlice]) -> None:
+        """slots: `[tokens]` int64, where each row's KV goes; slices: whose rows they are."""
+        self._slots = slots
+        self._plans = {
+            window: self._kernels.plan_attention(shape, slices, self._dtype)
+            for window, shape in self._shapes.items()
+        }
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        kv = self._layers[layer]
+        self._kernels.store_kv(kv, keys, values, self._slots)
+        return self._kernels.attention(self._plans[self._windows[layer]], queries, kv)
