@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from polydelta.adapters_store.catalog import AdapterCatalog
+from polydelta.adapters_store.formats.reader import read_adapter
+from polydelta.adapters_store.packing import pack
+from polydelta.engine.deltas import AdapterSegment, PoolAdapter, StepDeltas, wrap_decoder
 from polydelta.engine.models.config import from_hf
-from polydelta.engine.models.decoder import Decoder
+from polydelta.engine.models.decoder import Decoder, base_layout
 from polydelta.engine.models.weights import Weights
 from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
 from polydelta.kernels.ops import SequenceSlice, kernels_for
@@ -33,45 +39,80 @@ class StateDict:
         return self.model.state_dict()[name]
 
 
+class Chunk(NamedTuple):
+    """The next tokens of one sequence, and the adapter that computes them."""
+
+    sequence: int
+    tokens: Sequence[int]
+    adapter: PoolAdapter | None = None
+
+
 class PagedDecoder:
     """Our decoder over a small pool; logits of every token that is fed to it."""
 
-    def __init__(self, model: PreTrainedModel, num_pages: int = 64) -> None:
+    def __init__(self, model: PreTrainedModel, num_pages: int = 256) -> None:
         self.config = from_hf(model.config.to_dict())
         kernels = kernels_for(torch.device("cpu"))
         weights = Weights(StateDict(model), torch.float32, lambda done, total: None)
         self.decoder = Decoder(self.config, weights, kernels, 512, torch.float32)
         page_bytes = kv_page_bytes(self.config, BLOCK_SIZE, torch.float32)
-        storage = torch.zeros(self.config.num_layers, num_pages, page_bytes, dtype=torch.uint8)
-        self.cache = PagedKV(storage, self.config, BLOCK_SIZE, torch.float32, kernels)
+        shape = (self.config.num_layers, num_pages, page_bytes)
+        self.storage = torch.zeros(shape, dtype=torch.uint8)
+        self.deltas = StepDeltas()
+        wrap_decoder(self.decoder, self.deltas)
+        self.kernels = kernels
+        self.cache = PagedKV(self.storage, self.config, BLOCK_SIZE, torch.float32, kernels)
         # Pages are handed out in a scrambled order on purpose.
         self.free_pages = torch.randperm(num_pages).tolist()
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
 
+    def load(self, folder: Path, scattered: bool = False) -> PoolAdapter:
+        """Reads an adapter from its files into the pool: its pages in one run, or scattered."""
+        layout = base_layout(self.config, "reference")
+        ref = AdapterCatalog([folder.parent]).resolve(folder.name)
+        packed = pack(read_adapter(ref, layout), layout, torch.float32)
+        count = -(-packed.bytes_per_layer // self.storage.shape[-1])
+        if scattered:
+            pages = [self.free_pages.pop() for _ in range(count)]
+        else:
+            free = set(self.free_pages)
+            pages = next(
+                list(range(first, first + count))
+                for first in range(self.storage.shape[1] - count + 1)
+                if free.issuperset(range(first, first + count))
+            )
+            self.free_pages = [page for page in self.free_pages if page not in pages]
+        return PoolAdapter(packed, self.storage, pages, self.kernels)
+
     @torch.inference_mode()
-    def feed(self, *chunks: tuple[int, Sequence[int]]) -> list[Tensor]:
+    def feed(self, *chunks: tuple[int, Sequence[int]] | Chunk) -> list[Tensor]:
         """One step: (sequence id, its next tokens), ... -> logits `[tokens, vocab]` of each."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         slices: list[SequenceSlice] = []
-        for sequence, chunk in chunks:
+        segments: list[AdapterSegment] = []
+        chunks = tuple(c if isinstance(c, Chunk) else Chunk(*c) for c in chunks)
+        for sequence, chunk, adapter in chunks:
             table = self.tables.setdefault(sequence, [])
             first = self.lengths.get(sequence, 0)
             places = range(first, first + len(chunk))
             while len(table) * BLOCK_SIZE < places.stop:
                 table.append(self.free_pages.pop())
+            if adapter is not None:
+                segments.append(AdapterSegment(len(tokens), len(tokens) + len(chunk), adapter))
             slices.append(SequenceSlice(len(tokens), len(chunk), places.stop, list(table)))
             tokens += chunk
             positions += places
             slots += [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in places]
             self.lengths[sequence] = places.stop
+        self.deltas.segments = segments
         self.cache.prepare(torch.tensor(slots), slices)
         hidden = self.decoder.hidden_states(
             torch.tensor(tokens), torch.tensor(positions), self.cache
         )
-        return list(self.decoder.logits(hidden).split([len(chunk) for _, chunk in chunks]))
+        return list(self.decoder.logits(hidden).split([len(c.tokens) for c in chunks]))
 
 
 @pytest.fixture

@@ -1,0 +1,233 @@
+"""A server over a fake engine, which answers from a thread of its own, as the real one does."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from polydelta.adapters_store.catalog import AdapterRef
+from polydelta.adapters_store.errors import InvalidAdapterError, UnknownAdapterError
+from polydelta.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    OutputHandler,
+    RequestOutput,
+    TokenLogprob,
+)
+from polydelta.engine.stats import EngineStats
+from polydelta.server.app import create_app
+from polydelta.server.settings import ServerSettings
+
+
+class FakeTokenizer:
+    """One token a byte."""
+
+    eos_token_ids = (256,)
+    vocab_size = 300
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+    def token_text(self, token_id: int) -> str:
+        return self.decode([token_id])
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("the last message must not be the assistant's")
+        return self.encode("".join(f"{m['role']}:{m['content']};" for m in messages))
+
+
+class FakeEngine:
+    """Answers every request with `answer(request)`, a byte at a time."""
+
+    model_id = "fake-base"
+    max_model_len = 64
+    vocab_size = 300
+
+    def __init__(self) -> None:
+        self.tokenizer = FakeTokenizer()
+        self.alive = True
+        self.requests: list[GenerationRequest] = []
+        self.aborted: set[str] = set()
+        self.answer: Callable[[GenerationRequest], str] = lambda _: "Hello"
+        # Ends every request with this error, after this many tokens.
+        self.error: str | None = None
+        self.error_after = 0
+        self.cached_tokens = 0
+        # Never finish; tokens keep coming until the request is aborted.
+        self.endless = False
+        self.stats_now = EngineStats()
+
+    def stats(self) -> EngineStats:
+        return self.stats_now
+
+    def submit(self, request: GenerationRequest, on_output: OutputHandler) -> None:
+        if not self.alive:
+            raise RuntimeError("dead")
+        self.requests.append(request)
+        threading.Thread(target=self._run, args=(request, on_output), daemon=True).start()
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.add(request_id)
+
+    def _run(self, request: GenerationRequest, on_output: OutputHandler) -> None:
+        while self.endless and request.request_id not in self.aborted:
+            on_output(self._output(request, ord("x"), None))
+            time.sleep(0.002)
+        if self.endless:
+            return
+        tokens = list(self.answer(request).encode())
+        limit = request.sampling.max_tokens
+        if self.error is not None:
+            for token in tokens[: self.error_after]:
+                on_output(self._output(request, token, None))
+            on_output(
+                RequestOutput(
+                    request.request_id, "", (), finish_reason=FinishReason.ERROR, error=self.error
+                )
+            )
+            return
+        end = FinishReason.STOP if len(tokens) <= limit else FinishReason.LENGTH
+        tokens = tokens[:limit]
+        for place, token in enumerate(tokens):
+            on_output(self._output(request, token, end if place + 1 == len(tokens) else None))
+
+    def _output(
+        self, request: GenerationRequest, token: int, reason: FinishReason | None
+    ) -> RequestOutput:
+        wanted = request.sampling.logprobs
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if wanted is not None:
+            ranked = ((token + 1, -0.25), (token, -1.5), (token + 2, float("-inf")))
+            logprobs = (TokenLogprob(token, -1.5, ranked[:wanted]),)
+        return RequestOutput(
+            request.request_id,
+            chr(token) if token < 128 else "",
+            (token,),
+            logprobs,
+            self.cached_tokens,
+            reason,
+        )
+
+
+class FakeCatalog:
+    def __init__(self) -> None:
+        self.refs = [
+            AdapterRef(name, 1, Path("/secret/place") / name) for name in ("dates", "labels")
+        ]
+
+    def list(self) -> Iterator[AdapterRef]:
+        yield from self.refs
+
+    def resolve(self, name: str) -> AdapterRef:
+        for ref in self.refs:
+            if name in (ref.id, ref.name):
+                return ref
+        if name == "broken":
+            raise InvalidAdapterError("adapter_config.json is not JSON")
+        raise UnknownAdapterError(f"no {name} under /secret/place")
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def make_app(engine: FakeEngine) -> Callable[..., FastAPI]:
+    def make(**settings: object) -> FastAPI:
+        return create_app(engine, FakeCatalog(), ServerSettings(adapters=(), **settings))
+
+    return make
+
+
+@pytest.fixture
+def app(make_app: Callable[..., FastAPI]) -> FastAPI:
+    return make_app()
+
+
+@pytest.fixture
+def client(app: FastAPI) -> TestClient:
+    return TestClient(app, raise_server_exceptions=False)
+
+
+@pytest.fixture
+def complete(client: TestClient) -> Callable[..., dict]:
+    """POST /v1/completions with defaults; the body of the answer, which must be a good one."""
+
+    def post(**fields: object) -> dict:
+        body = {"model": "fake-base", "prompt": "Hi"} | fields
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    return post
+
+
+@pytest.fixture
+def chat(client: TestClient) -> Callable[..., dict]:
+    """POST /v1/chat/completions with defaults; the body of the answer, a good one."""
+
+    def post(**fields: object) -> dict:
+        body = {"model": "fake-base", "messages": [{"role": "user", "content": "Hi"}]} | fields
+        answer = client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    return post
+
+
+@pytest.fixture
+def stream(client: TestClient) -> Callable[..., list[dict]]:
+    """POST with stream=true; the events between the start and `[DONE]`, parsed."""
+
+    def post(path: str, **fields: object) -> list[dict]:
+        defaults: dict[str, object] = {"model": "fake-base", "stream": True}
+        if path.endswith("chat/completions"):
+            defaults["messages"] = [{"role": "user", "content": "Hi"}]
+        else:
+            defaults["prompt"] = "Hi"
+        answer = client.post(path, json=defaults | fields)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = answer.text.split("\n\n")
+        assert events.pop() == ""
+        assert all(event.startswith("data: ") and "\n" not in event for event in events)
+        assert events.pop() == "data: [DONE]"
+        return [json.loads(event.removeprefix("data: ")) for event in events]
+
+    return post
+
+
+@pytest.fixture
+def refusal(client: TestClient) -> Callable[..., tuple[int, dict]]:
+    """POST that must be refused; its status and its error object, whose shape is checked."""
+
+    def post(path: str, **fields: object) -> tuple[int, dict]:
+        defaults: dict[str, object] = {"model": "fake-base"}
+        if path.endswith("chat/completions"):
+            defaults["messages"] = [{"role": "user", "content": "Hi"}]
+        else:
+            defaults["prompt"] = "Hi"
+        answer = client.post(path, json=defaults | fields)
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["code"] == answer.status_code
+        assert answer.status_code >= 400
+        assert "secret" not in error["message"]
+        return answer.status_code, error
+
+    return post

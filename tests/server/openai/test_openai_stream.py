@@ -1,0 +1,98 @@
+"""Server-sent events of both routes."""
+
+from __future__ import annotations
+
+import pytest
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+
+
+def test_completion_chunks_add_up_to_the_text(stream):
+    chunks = stream(COMPLETIONS)
+    assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "Hello"
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+def test_the_finish_reason_is_in_the_last_chunk_only(stream):
+    for path in (COMPLETIONS, CHAT):
+        reasons = [chunk["choices"][0]["finish_reason"] for chunk in stream(path)]
+        assert reasons == [None] * (len(reasons) - 1) + ["stop"]
+
+
+def test_the_first_chat_chunk_of_each_choice_carries_the_role(stream):
+    chunks = stream(CHAT, n=2)
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    for index in (0, 1):
+        deltas = [c["choices"][0]["delta"] for c in chunks if c["choices"][0]["index"] == index]
+        assert deltas[0] == {"role": "assistant", "content": ""}
+        assert all("role" not in delta for delta in deltas[1:])
+        assert "".join(delta.get("content", "") for delta in deltas) == "Hello"
+
+
+def test_usage_comes_in_a_chunk_of_its_own_without_choices(stream):
+    for path in (COMPLETIONS, CHAT):
+        *chunks, last = stream(path, stream_options={"include_usage": True})
+        assert all(chunk["usage"] is None for chunk in chunks)
+        assert last["choices"] == []
+        assert last["usage"]["completion_tokens"] == 5
+
+
+def test_continuous_usage_never_falls(stream):
+    chunks = stream(
+        CHAT, n=2, stream_options={"include_usage": True, "continuous_usage_stats": True}
+    )
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == 10
+
+
+def test_echo_comes_first(stream):
+    texts = [c["choices"][0]["text"] for c in stream(COMPLETIONS, prompt="Hi ", echo=True)]
+    assert texts[0] == "Hi "
+    assert "".join(texts) == "Hi Hello"
+
+
+def test_text_that_is_held_back_makes_no_chunk(stream, engine):
+    engine.answer = lambda _: "aé!"
+    texts = [chunk["choices"][0]["text"] for chunk in stream(COMPLETIONS)]
+    assert texts == ["a", "!"]
+
+
+def test_logprobs_are_streamed_even_while_text_is_held_back(stream, engine):
+    engine.answer = lambda _: "é!"
+    chunks = stream(COMPLETIONS, logprobs=0)
+    offsets = [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks]
+    assert offsets == [[0], [0], [1]]
+    tokens = [
+        entry["token"]
+        for chunk in stream(CHAT, logprobs=True)[1:]
+        for entry in chunk["choices"][0]["logprobs"]["content"]
+    ]
+    assert len(tokens) == 3
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_an_error_in_mid_stream_is_an_event_and_then_done(stream, engine, path):
+    engine.error, engine.error_after = "shapes do not fit", 2
+    *chunks, last = stream(path, model="dates")
+    assert all("choices" in chunk for chunk in chunks)
+    assert last["error"]["code"] == 400
+    assert last["error"]["param"] == "model"
+    assert "shapes do not fit" in last["error"]["message"]
+
+
+def test_one_failed_choice_aborts_the_others(stream, engine):
+    engine.error = "no"
+    stream(COMPLETIONS, n=4)
+    # All four fail here; those whose failure was not yet read are aborted, which does no harm.
+    assert engine.aborted <= {request.request_id for request in engine.requests}
+
+
+def test_a_bug_in_mid_stream_is_an_event_too(stream, engine):
+    engine.tokenizer.token_bytes = lambda _: 1 / 0
+    events = stream(COMPLETIONS, logprobs=1)
+    assert events[-1]["error"]["code"] == 500
+    assert "division" not in events[-1]["error"]["message"]
