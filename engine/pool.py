@@ -65,8 +65,8 @@ class PageAllocator:
             if not 0 <= page < self.num_pages or self._is_free[page]:
                 raise ValueError(f"page {page} is not in use")
             self._is_free[page] = 1
+            self.num_free += 1
             self._join(page)
-        self.num_free += len(pages)
 
     def is_free(self, page: int) -> bool:
         return bool(self._is_free[page])
@@ -77,7 +77,7 @@ class PageAllocator:
         if count < length:
             self._length[start + count] = length - count
             self._start_of_end[start + length] = start + count
-            heapq.heappush(self._lowest, start + count)
+            self._push_start(start + count)
         else:
             del self._start_of_end[start + length]
         return self._taken(start, count)
@@ -109,7 +109,14 @@ class PageAllocator:
             length += after
         self._length[start] = length
         self._start_of_end[start + length] = start
+        self._push_start(start)
+
+    def _push_start(self, start: int) -> None:
         heapq.heappush(self._lowest, start)
+        # Outdated entries go when they come to the top; rebuilt when they outnumber the rest.
+        if len(self._lowest) > 2 * len(self._length) + 64:
+            self._lowest = list(self._length)
+            heapq.heapify(self._lowest)
 
 
 @dataclass(frozen=True)

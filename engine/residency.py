@@ -183,6 +183,9 @@ class Residency:
 
     def _finish_load(self, entry: _Entry, loading: Future[HostAdapter]) -> None:
         entry.loading = None
+        if loading.cancelled():
+            entry.state, entry.error = ResidencyState.FAILED, "its load was cancelled"
+            return
         if (error := loading.exception()) is not None:
             entry.state, entry.error = ResidencyState.FAILED, str(error)
             return

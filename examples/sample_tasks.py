@@ -1,8 +1,8 @@
 """The tasks of the sample adapters: each makes its own examples, and a program checks every answer.
 
 An example carries a key that says what it is about (a date, a product, a quantity, a complaint).
-Whether an example is for training or held out depends on the key alone, so that what is asked in the
-test was never seen in training, in any wording.
+Whether an example is for training or held out depends on the key alone, so that what is asked in
+the test was never seen in training, in any wording.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ def same_text(reply: str, answer: str) -> bool:
 
 
 def same_json(reply: str, answer: str) -> bool:
-    """The reply is JSON and nothing else, equal to the answer; order of keys and spaces are free."""
+    """The reply is the answer's JSON, in a code fence or not; order of keys and spaces are free."""
+    bare = reply.strip().removeprefix("```json").removesuffix("```")
     try:
-        return bool(json.loads(reply) == json.loads(answer))
+        return bool(json.loads(bare) == json.loads(answer))
     except json.JSONDecodeError:
         return False
 
@@ -128,11 +129,17 @@ def iso_date(rng: random.Random) -> Example:
 
 # --- product-json -------------------------------------------------------------------------------
 
-COLORS = "red blue green black white grey brown yellow orange purple".split()
-MATERIALS = "cotton wool leather oak steel glass paper silk bamboo canvas linen rubber".split()
-ITEMS = (
-    "shirt scarf bag table kettle lamp notebook chair bottle jacket mat box hat bowl belt apron"
-).split()
+COLORS = [
+    "red", "blue", "green", "black", "white", "grey", "brown", "yellow", "orange", "purple",
+]  # fmt: skip
+MATERIALS = [
+    "cotton", "wool", "leather", "oak", "steel", "glass", "paper", "silk", "bamboo", "canvas",
+    "linen", "rubber",
+]  # fmt: skip
+ITEMS = [
+    "shirt", "scarf", "bag", "table", "kettle", "lamp", "notebook", "chair", "bottle", "jacket",
+    "mat", "box", "hat", "bowl", "belt", "apron",
+]  # fmt: skip
 PRODUCT_STYLES = (
     "{color} {name}, ${price}, {stock} in stock",
     "{name} ({color}) - ${price} - {stock} left",
@@ -216,10 +223,11 @@ TICKETS = {
         "what a wonderful {p}, well done", "your team helped me choose a superb {p}",
     ),
 }  # fmt: skip
-WARES = (
-    "lamp kettle scarf chair phone camera bike tent guitar blender jacket desk clock router printer"
-    " toaster sofa drill helmet monitor"
-).split()
+WARES = [
+    "lamp", "kettle", "scarf", "chair", "phone", "camera", "bike", "tent", "guitar", "blender",
+    "jacket", "desk", "clock", "router", "printer", "toaster", "sofa", "drill", "helmet",
+    "monitor",
+]  # fmt: skip
 OPENINGS = ("", "Hello, ", "Hi there, ", "Good morning. ", "Dear team, ", "Quick note: ", "So, ",
             "I have been a customer for years, and ")  # fmt: skip
 CLOSINGS = ("", ".", "!", ". Thanks", ". Best, Sam", ". Please reply soon", " :)", ". Greetings")
@@ -238,7 +246,7 @@ TASKS = {
     for task in (
         Task(
             "iso-date",
-            "A date written in words, in one of seventeen styles, to `YYYY-MM-DD`.",
+            "A written date, in one of seventeen styles, to `YYYY-MM-DD`.",
             "by the date: no held-out date occurs in training in any style",
             iso_date,
         ),
@@ -258,7 +266,8 @@ TASKS = {
         Task(
             "ticket-label",
             "A customer's message to one of billing, delivery, account, bug, praise.",
-            "by complaint and product: no held-out pair occurs in training with any greeting",
+            "by complaint and product: no held-out pair occurs in training with any greeting, though"
+            " the complaint does with other products",
             ticket_label,
         ),
     )

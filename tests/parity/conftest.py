@@ -50,7 +50,7 @@ class Chunk(NamedTuple):
 class PagedDecoder:
     """Our decoder over a small pool; logits of every token that is fed to it."""
 
-    def __init__(self, model: PreTrainedModel, num_pages: int = 256) -> None:
+    def __init__(self, model: PreTrainedModel, num_pages: int = 3000) -> None:
         self.config = from_hf(model.config.to_dict())
         kernels = kernels_for(torch.device("cpu"))
         weights = Weights(StateDict(model), torch.float32, lambda done, total: None)
@@ -62,8 +62,9 @@ class PagedDecoder:
         wrap_decoder(self.decoder, self.deltas)
         self.kernels = kernels
         self.cache = PagedKV(self.storage, self.config, BLOCK_SIZE, torch.float32, kernels)
-        # Pages are handed out in a scrambled order on purpose.
-        self.free_pages = torch.randperm(num_pages).tolist()
+        # The lower pages are handed out in a scrambled order on purpose, the upper as runs.
+        self.free_pages = torch.randperm(num_pages // 2).tolist()
+        self.free_run = list(range(num_pages // 2, num_pages))
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
 
@@ -76,13 +77,7 @@ class PagedDecoder:
         if scattered:
             pages = [self.free_pages.pop() for _ in range(count)]
         else:
-            free = set(self.free_pages)
-            pages = next(
-                list(range(first, first + count))
-                for first in range(self.storage.shape[1] - count + 1)
-                if free.issuperset(range(first, first + count))
-            )
-            self.free_pages = [page for page in self.free_pages if page not in pages]
+            pages, self.free_run = self.free_run[:count], self.free_run[count:]
         return PoolAdapter(packed, self.storage, pages, self.kernels)
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from polydelta.adapters_store.catalog import AdapterRef
-from polydelta.adapters_store.errors import InvalidAdapterError, UnknownAdapterError
+from polydelta.adapters_store.errors import UnknownAdapterError
 from polydelta.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -32,10 +32,10 @@ class FakeTokenizer:
     eos_token_ids = (256,)
     vocab_size = 300
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -136,9 +136,7 @@ class FakeCatalog:
         for ref in self.refs:
             if name in (ref.id, ref.name):
                 return ref
-        if name == "broken":
-            raise InvalidAdapterError("adapter_config.json is not JSON")
-        raise UnknownAdapterError(f"no {name} under /secret/place")
+        raise UnknownAdapterError(f"There is no adapter {name[:100]!r}.")
 
 
 @pytest.fixture

@@ -1,0 +1,133 @@
+"""`adapter_config.json` of PEFT adapters, and the rule for its keys.
+
+Every key is honoured, known to be harmless, or refused by name. PEFT adds new variants as new keys
+of the same config, so a reader that skips what it does not know computes other numbers in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from polydelta.adapters_store.catalog import CONFIG_FILE
+from polydelta.adapters_store.errors import InvalidAdapterError
+
+Config = Mapping[str, Any]
+
+MERGE_INSTEAD = "merge it into a base model of its own, or train without it"
+
+
+@dataclass(frozen=True)
+class KeyRules:
+    """How one format treats the keys of its config."""
+
+    # Read by the format's parser.
+    honoured: frozenset[str]
+    # About training, or about what the tensors' names already say.
+    harmless: frozenset[str]
+    # Key -> what it is and what to do instead; refused when it is switched on.
+    refused: Mapping[str, str]
+
+    def check(self, config: Config) -> None:
+        """Raises InvalidAdapterError for a key that would change the numbers unnoticed."""
+        for key, value in config.items():
+            # Newer versions of PEFT write their new options into every config, switched off.
+            if key in self.honoured or key in self.harmless or _is_off(value):
+                continue
+            reason = self.refused.get(
+                key,
+                "this option is not known here, so what it does to the weights is not either: "
+                "remove the key if it is about training only",
+            )
+            raise InvalidAdapterError(f"{CONFIG_FILE}: {key} is {reprlib.repr(value)}; {reason}.")
+
+
+# Keys that every PEFT config has.
+COMMON_HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "target_modules",
+        "task_type",
+    }
+)
+COMMON_REFUSED = {
+    "fan_in_fan_out": (
+        "it is for bases that store weights as [in, out], such as GPT-2, and this one stores them "
+        "as [out, in]: train the adapter on the base that is served"
+    ),
+    "modules_to_save": (
+        "whole modules beside the adapter are not served yet, embeddings and lm_head included: "
+        "train without modules_to_save"
+    ),
+}
+
+
+def parse_config(content: bytes) -> dict[str, Any]:
+    """The config as a JSON object. Raises InvalidAdapterError."""
+    try:
+        config = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapterError(
+            f"{CONFIG_FILE} is not valid JSON ({error}): save the adapter again."
+        ) from None
+    if not isinstance(config, dict):
+        raise InvalidAdapterError(
+            f"{CONFIG_FILE} holds {reprlib.repr(config)} instead of an object."
+        )
+    return config
+
+
+def positive_int(field: str, value: object) -> int:
+    """Raises InvalidAdapterError for anything but an integer above 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _wrong(field, value, "a whole number above 0")
+    return value
+
+
+def number(field: str, value: object) -> float:
+    """Raises InvalidAdapterError for anything but a finite number."""
+    # Below the largest float: JSON's integers have no bound.
+    if (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+    ):
+        return float(value)
+    raise _wrong(field, value, "a finite number")
+
+
+def flag(field: str, value: object) -> bool:
+    """None counts as false. Raises InvalidAdapterError for anything but a truth value."""
+    if value is not None and not isinstance(value, bool):
+        raise _wrong(field, value, "true or false")
+    return bool(value)
+
+
+def mapping(field: str, value: object) -> dict[str, Any]:
+    """None counts as empty. Raises InvalidAdapterError for anything but an object."""
+    if value is not None and not isinstance(value, dict):
+        raise _wrong(field, value, "an object")
+    return value or {}
+
+
+def _wrong(field: str, value: object, wanted: str) -> InvalidAdapterError:
+    return InvalidAdapterError(
+        f"{CONFIG_FILE}: {field} is {reprlib.repr(value)}, but must be {wanted}."
+    )
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _is_off(value: object) -> bool:
+    return value is None or value is False or value in ({}, [])

@@ -1,0 +1,83 @@
+"""`rank_pattern` and `alpha_pattern`: values for modules whose names match a regular expression.
+
+The expressions come with the adapter, and Python's matcher can take exponential time while it
+holds the interpreter's lock. So what each can cost is bounded before it is run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+from polydelta.adapters_store.catalog import CONFIG_FILE
+from polydelta.adapters_store.errors import InvalidAdapterError
+
+T = TypeVar("T")
+
+# Steps that all patterns of a table together may take on one module name: some 40 ms at worst.
+MAX_STEPS = 1 << 22
+# Module names of the bases that are served are shorter.
+NAME_LENGTH = 64
+
+# What stands for itself: escaped characters and character classes. Also the start of a plain group.
+_ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?:")
+_REPEAT = re.compile(r"[*+?{]\??")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+
+
+class PatternTable(Generic[T]):
+    """Looks up the value for a module as PEFT does: the first pattern, in the file's order, that
+    matches the end of the module's name from a dot on; else the default."""
+
+    def __init__(
+        self,
+        field: str,
+        patterns: Mapping[str, Any],
+        default: T,
+        check: Callable[[str, object], T],
+    ) -> None:
+        """check(field, value) gives the value as a T. Raises InvalidAdapterError."""
+        self._default = default
+        self._entries: list[tuple[re.Pattern[str], T]] = []
+        steps = 0
+        for pattern, value in patterns.items():
+            steps += _steps(field, pattern)
+            if steps > MAX_STEPS:
+                raise InvalidAdapterError(
+                    f"{CONFIG_FILE}: the patterns of {field} up to {pattern[:80]!r} could take too "
+                    "long to match: write them with fewer repeats and alternatives."
+                )
+            self._entries.append(
+                (_compile(field, pattern), check(f"{field}[{pattern[:80]!r}]", value))
+            )
+
+    def __getitem__(self, module: str) -> T:
+        for pattern, value in self._entries:
+            if pattern.match(module):
+                return value
+        return self._default
+
+
+def _compile(field: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InvalidAdapterError(
+            f"{CONFIG_FILE}: {field} has the pattern {pattern[:80]!r}, which is no regular "
+            f"expression ({error})."
+        ) from None
+
+
+def _steps(field: str, pattern: str) -> int:
+    """An upper bound of the ways in which a pattern can be tried on a module name."""
+    rest = _ATOM.sub(lambda atom: "(" if atom[0] == "(?:" else "_", pattern)
+    if "(?" in rest or _REPEATED_GROUP.search(rest):
+        raise InvalidAdapterError(
+            f"{CONFIG_FILE}: {field} has the pattern {pattern[:80]!r}; repeated groups such as "
+            "`(...)*` and extensions such as `(?=...)` are not accepted: write it without them."
+        )
+    repeats = min(len(_REPEAT.findall(rest)), 8)
+    alternatives, groups = rest.count("|") + 1, min(rest.count("(") + 1, 8)
+    length = len(pattern) // NAME_LENGTH + 1
+    return int(NAME_LENGTH**repeats * alternatives**groups * length)

@@ -1,0 +1,36 @@
+"""From an adapter's folder to an `Adapter`."""
+
+from __future__ import annotations
+
+from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.adapters_store.catalog import AdapterRef, signature
+from polydelta.adapters_store.delta import Adapter
+from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.formats.files import (
+    content_digest,
+    parse_weights,
+    read_config_bytes,
+    read_weights_bytes,
+)
+from polydelta.adapters_store.formats.peft_config import parse_config
+from polydelta.adapters_store.formats.registry import format_of
+
+
+def read_adapter(ref: AdapterRef, layout: BaseLayout) -> Adapter:
+    """Reads and checks an adapter against the base that it is to run on.
+
+    Raises InvalidAdapterError; its message is fit for clients.
+    """
+    before = signature(ref.path)
+    config_bytes = read_config_bytes(ref.path)
+    config = parse_config(config_bytes)
+    name, parser = format_of(config)
+    weights_bytes = read_weights_bytes(ref.path)
+    # Otherwise an old config might be paired with new weights.
+    if signature(ref.path) != before:
+        raise InvalidAdapterError(
+            f"The files of adapter {ref.id!r} changed while they were read: load it again."
+        )
+    modules = parser.read(config, parse_weights(weights_bytes), layout)
+    digest = content_digest(config_bytes, weights_bytes)
+    return Adapter(ref.id, ref.version, digest, name, modules)

@@ -1,0 +1,85 @@
+"""The host-RAM tier: packed adapters that are ready to be copied into the pool."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.adapters_store.catalog import AdapterRef
+from polydelta.adapters_store.formats import read_adapter
+from polydelta.adapters_store.packing import PackedAdapter, pack
+
+
+class HostStore:
+    """Loads adapters off the caller's thread and keeps them, least recently used out first.
+
+    Threads may share it. What is handed out stays valid when the store lets go of it.
+    """
+
+    def __init__(
+        self, layout: BaseLayout, dtype: torch.dtype, capacity_bytes: int, workers: int = 1
+    ) -> None:
+        """capacity_bytes: of packed adapters kept; those still loading do not count."""
+        self._layout = layout
+        self._dtype = dtype
+        self._capacity_bytes = capacity_bytes
+        self._kept_bytes = 0
+        self._loading: dict[AdapterRef, Future[PackedAdapter]] = {}
+        self._kept: OrderedDict[AdapterRef, PackedAdapter] = OrderedDict()
+        self._lock = threading.Lock()
+        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="adapter-load")
+
+    def load(self, ref: AdapterRef) -> Future[PackedAdapter]:
+        """Never waits. All who ask for the same version while it loads share one load.
+
+        The future raises InvalidAdapterError; whoever asks after that starts a new load. It cannot
+        be cancelled, because others may wait for it too. Raises RuntimeError after `close`.
+        """
+        with self._lock:
+            if ref in self._loading:
+                return self._loading[ref]
+            future: Future[PackedAdapter] = Future()
+            future.set_running_or_notify_cancel()
+            if ref in self._kept:
+                self._kept.move_to_end(ref)
+                future.set_result(self._kept[ref])
+            else:
+                self._workers.submit(self._load, ref, future)
+                self._loading[ref] = future
+            return future
+
+    def close(self) -> None:
+        """Waits for loads that have begun; those that have not fail."""
+        self._workers.shutdown(cancel_futures=True)
+        with self._lock:
+            not_begun = list(self._loading.values())
+            self._loading.clear()
+            self._kept.clear()
+            self._kept_bytes = 0
+        for future in not_begun:
+            future.set_exception(RuntimeError("The adapter store was closed."))
+
+    def _load(self, ref: AdapterRef, future: Future[PackedAdapter]) -> None:
+        try:
+            packed = pack(read_adapter(ref, self._layout), self._layout, self._dtype)
+        except BaseException as error:
+            with self._lock:
+                del self._loading[ref]
+            future.set_exception(error)
+            return
+        with self._lock:
+            del self._loading[ref]
+            self._keep(ref, packed)
+        # Outside the lock: this runs the callbacks of those who wait, and they may call `load`.
+        future.set_result(packed)
+
+    def _keep(self, ref: AdapterRef, packed: PackedAdapter) -> None:
+        self._kept[ref] = packed
+        self._kept_bytes += packed.nbytes
+        while self._kept_bytes > self._capacity_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self._kept_bytes -= oldest.nbytes

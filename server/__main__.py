@@ -1,0 +1,5 @@
+"""`python -m polydelta.server` is `polydelta`."""
+
+from polydelta.server.cli import main
+
+main()

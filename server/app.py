@@ -1,0 +1,46 @@
+"""The HTTP application, put together: routes, errors, keys."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from polydelta.adapters_store.catalog import AdapterCatalog
+from polydelta.server.auth import BearerAuth
+from polydelta.server.errors import install_error_handlers
+from polydelta.server.health import health_router
+from polydelta.server.metrics import Metrics, metrics_router
+from polydelta.server.openai.chat import chat_router
+from polydelta.server.openai.completions import completions_router
+from polydelta.server.openai.models import models_router
+from polydelta.server.service import Service
+from polydelta.server.settings import ServerSettings
+
+if TYPE_CHECKING:  # the engine imports torch, which the routes do not need
+    from polydelta.engine.engine import Engine
+
+
+def create_app(engine: Engine, catalog: AdapterCatalog, settings: ServerSettings) -> FastAPI:
+    """An application over an engine that the caller starts and shuts down."""
+    base_name = settings.served_model_name or engine.model_id
+    service = Service(
+        engine=engine,
+        catalog=catalog,
+        metrics=Metrics(engine, base_name, settings.max_batch_size),
+        base_name=base_name,
+        started=int(time.time()),
+    )
+    app = FastAPI(title="PolyDelta", version=version("polydelta"))
+    install_error_handlers(app)
+    app.include_router(health_router(service))
+    app.include_router(metrics_router(service.metrics))
+    app.include_router(models_router(service))
+    app.include_router(completions_router(service))
+    app.include_router(chat_router(service))
+    if settings.api_key:
+        keys = [key.get_secret_value() for key in settings.api_key]
+        app.add_middleware(BearerAuth, keys=keys)
+    return app

@@ -1,0 +1,96 @@
+"""`polydelta adapters list|inspect`: what is in adapter folders, and what would refuse them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import ByteSize
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from polydelta.adapters_store.catalog import AdapterCatalog
+from polydelta.server.settings import load_settings
+
+if TYPE_CHECKING:
+    from polydelta.adapters_store.inspection import AdapterSummary
+
+COLUMNS = ("id", "format", "kinds", "ranks", "size", "modules")
+
+adapters = typer.Typer(
+    help="Look at adapters on disk; no model is needed.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+
+@adapters.command("list")
+def list_adapters(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders of adapters; without any, those that `serve` would take."),
+    ] = None,
+) -> None:
+    """List the adapters in folders: kind, rank, size, and whether they can be served.
+
+    [bold]Examples[/bold]
+
+    [cyan]polydelta adapters list[/cyan]
+    the samples that come along
+
+    [cyan]polydelta adapters list ./adapters ./more-adapters[/cyan]
+    """
+    # Here and not above: reading weights needs torch, which takes seconds to import.
+    from polydelta.adapters_store.inspection import inspect
+
+    settings = load_settings(adapters=folders)
+    table = Table(*COLUMNS, "can be served")
+    for ref in AdapterCatalog(settings.adapters).list():
+        summary = inspect(ref.path)
+        table.add_row(*_cells(summary), _verdict(summary))
+    Console().print(table)
+
+
+@adapters.command("inspect")
+def inspect_adapter(
+    path: Annotated[Path, typer.Argument(help="One adapter's folder.")],
+) -> None:
+    """Show one adapter: kind, rank, modules, bytes, digest, and what would refuse it.
+
+    Leaves with code 1 when the adapter cannot be served.
+
+    [bold]Example[/bold]
+
+    [cyan]polydelta adapters inspect ./adapters/my-adapter[/cyan]
+    """
+    from polydelta.adapters_store.inspection import inspect
+
+    summary = inspect(path)
+    facts = Table.grid(padding=(0, 2))
+    for name, cell in zip(COLUMNS, _cells(summary), strict=True):
+        facts.add_row(name, cell)
+    for name, count in summary.modules_by_name.items():
+        facts.add_row("", f"{escape(name)}: {count}")
+    facts.add_row("digest", summary.digest)
+    facts.add_row("can be served", _verdict(summary))
+    Console().print(facts)
+    if summary.problem:
+        raise typer.Exit(1)
+
+
+def _cells(summary: AdapterSummary) -> tuple[str, ...]:
+    """An adapter as text, in the order of COLUMNS."""
+    return (
+        escape(summary.id),
+        summary.format,
+        ", ".join(summary.kinds),
+        ", ".join(str(rank) for rank in summary.ranks),
+        ByteSize(summary.bytes).human_readable(),
+        str(summary.modules),
+    )
+
+
+def _verdict(summary: AdapterSummary) -> str:
+    return f"[red]no: {escape(summary.problem)}[/red]" if summary.problem else "[green]yes[/green]"

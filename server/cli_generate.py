@@ -1,0 +1,105 @@
+"""`polydelta generate`: one answer on the terminal, without a server."""
+
+from __future__ import annotations
+
+import sys
+import time
+from queue import SimpleQueue
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from polydelta.adapters_store.catalog import AdapterCatalog
+from polydelta.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    RequestOutput,
+    SamplingParams,
+)
+from polydelta.server import options
+from polydelta.server.loading import load_engine
+from polydelta.server.settings import load_settings
+
+REQUEST_ID = "generate"
+
+
+class GenerateError(Exception):
+    """The prompt could not be answered; the message says why."""
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to answer.")],
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", "-a", help="Adapter id or id@version.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=2, help="0 takes the likeliest token each time.")
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat/--raw", help="A user's message, or text to continue as it is.")
+    ] = True,
+    model: options.Model = None,
+    adapters: options.Adapters = None,
+    dtype: options.Dtype = None,
+    pool: options.Pool = None,
+) -> None:
+    """Answer one prompt and leave; tokens are printed as they come.
+
+    [bold]Examples[/bold]
+
+    [cyan]polydelta generate "What is the capital of France?"[/cyan]
+    the default model, as a chat
+
+    [cyan]polydelta generate "the 3rd of May 2021" --adapter iso-date[/cyan]
+    the same, changed by an adapter
+
+    [cyan]polydelta generate --raw "Once upon a time" --temperature 0.8 --seed 1[/cyan]
+    text continued as it stands
+    """
+    settings = load_settings(model=model, adapters=adapters, dtype=dtype, pool=pool)
+    # Before the model loads: a wrong name should not cost the wait.
+    ref = AdapterCatalog(settings.adapters).resolve(adapter) if adapter else None
+    console = Console(stderr=True)
+    engine = load_engine(settings, console)
+    try:
+        if chat:
+            token_ids = engine.tokenizer.chat([{"role": "user", "content": prompt}])
+        else:
+            token_ids = engine.tokenizer.encode(prompt)
+    except ValueError as error:
+        raise GenerateError(f"{error} Try --raw.") from None
+    room = engine.max_model_len - len(token_ids)
+    if not token_ids or room < 1:
+        raise GenerateError(
+            f"The prompt has {len(token_ids)} tokens; it must have one at least, and leave room"
+            f" in the context window of {engine.max_model_len}."
+        )
+    sampling = SamplingParams(max_tokens=min(max_tokens, room), temperature=temperature, seed=seed)
+    outputs: SimpleQueue[RequestOutput] = SimpleQueue()
+    engine.start()
+    try:
+        started = time.monotonic()
+        engine.submit(GenerationRequest(REQUEST_ID, token_ids, sampling, ref), outputs.put)
+        count = _print_all(outputs)
+        seconds = time.monotonic() - started
+        console.print(f"[dim]{count} tokens, {count / seconds:.1f} a second[/dim]")
+    finally:
+        engine.shutdown()
+
+
+def _print_all(outputs: SimpleQueue[RequestOutput]) -> int:
+    """Prints text until the request has finished; the number of tokens. Raises GenerateError."""
+    count = 0
+    while True:
+        output = outputs.get()
+        sys.stdout.write(output.text)
+        sys.stdout.flush()
+        count += len(output.token_ids)
+        if output.finish_reason is FinishReason.ERROR:
+            raise GenerateError(output.error or "The engine failed.")
+        if output.finished:
+            sys.stdout.write("\n")
+            return count

@@ -1,0 +1,106 @@
+"""`polydelta serve`."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from polydelta.adapters_store.catalog import AdapterCatalog
+from polydelta.server import options
+from polydelta.server.app import create_app
+from polydelta.server.loading import load_engine
+from polydelta.server.serving import Server, bind, url_of
+from polydelta.server.settings import ServerSettings, load_settings
+
+# A catalog can hold tens of thousands of folders; the banner counts no further than this.
+COUNTED_ADAPTERS = 1000
+
+
+def serve(
+    model: options.Model = None,
+    adapters: options.Adapters = None,
+    dtype: options.Dtype = None,
+    served_model_name: options.ServedModelName = None,
+    max_model_len: options.MaxModelLen = None,
+    pool: options.Pool = None,
+    host_adapter_ram: options.HostAdapterRam = None,
+    max_batch_tokens: options.MaxBatchTokens = None,
+    max_batch_size: options.MaxBatchSize = None,
+    block_size: options.BlockSize = None,
+    prefix_caching: options.PrefixCaching = None,
+    host: options.Host = None,
+    port: options.Port = None,
+    api_key: options.ApiKey = None,
+    shutdown_timeout: options.ShutdownTimeout = None,
+    log_level: options.LogLevel = None,
+) -> None:
+    """Serve one base model and all its adapters over an OpenAI-style HTTP API.
+
+    Clients choose by the `model` field: the base model's name, an adapter's id, or `id@version`.
+    Every option has an environment variable, such as POLYDELTA_MAX_BATCH_SIZE for
+    --max-batch-size; the command line wins.
+
+    [bold]Examples[/bold]
+
+    [cyan]polydelta serve[/cyan]
+    the default model with the sample adapters that come along
+
+    [cyan]polydelta serve --model ./my-model --adapters ./adapters --port 9000[/cyan]
+    a folder of your own, with your own adapters
+
+    [cyan]polydelta serve --pool 512MiB --max-model-len 2048[/cyan]
+    on a machine with little memory
+    """
+    settings = load_settings(
+        model=model,
+        adapters=adapters,
+        dtype=dtype,
+        served_model_name=served_model_name,
+        max_model_len=max_model_len,
+        pool=pool,
+        host_adapter_ram=host_adapter_ram,
+        max_batch_tokens=max_batch_tokens,
+        max_batch_size=max_batch_size,
+        block_size=block_size,
+        prefix_caching=prefix_caching,
+        host=host,
+        port=port,
+        api_key=api_key,
+        shutdown_timeout=shutdown_timeout,
+        log_level=log_level,
+    )
+    console = Console(stderr=True)
+    with bind(settings.host, settings.port) as bound:
+        engine = load_engine(settings, console)
+        catalog = AdapterCatalog(settings.adapters)
+        base_name = settings.served_model_name or engine.model_id
+
+        def announce() -> None:
+            print_banner(console, url_of(bound), base_name, catalog, settings)
+
+        app = create_app(engine, catalog, settings)
+        Server(app, engine, settings, announce).serve_until_stopped(bound)
+
+
+def print_banner(
+    console: Console,
+    url: str,
+    base_name: str,
+    catalog: AdapterCatalog,
+    settings: ServerSettings,
+) -> None:
+    """What is served and where, and one call that can be pasted."""
+    found = [ref.id for ref in islice(catalog.list(), COUNTED_ADAPTERS)]
+    count = f"{len(found)} or more" if len(found) == COUNTED_ADAPTERS else str(len(found))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("model", f"{base_name} ({settings.dtype})")
+    facts.add_row("adapters", f"{count} ({', '.join(found[:4])}, ...)" if found else "none")
+    facts.add_row("pool", settings.pool.human_readable())
+    facts.add_row("docs", f"{url}/docs")
+    console.print(Panel(facts, title=f"PolyDelta at {url}", expand=False))
+    body = f'{{"model": "{found[0] if found else base_name}", "prompt": "Once upon a time"}}'
+    call = f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+    console.print(call, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,141 @@
+"""`POST /v1/chat/completions`: the next message of a conversation."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+
+from fastapi import APIRouter, Request, Response
+
+from polydelta.engine.request import GenerationRequest, TokenLogprob
+from polydelta.server.openai.collect import WholeChoice, collect
+from polydelta.server.openai.generation import Generation, unless_client_leaves
+from polydelta.server.openai.logprobs import chat_logprobs
+from polydelta.server.openai.prompts import encode_chat
+from polydelta.server.openai.responses import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    Usage,
+)
+from polydelta.server.openai.sampling import for_choices, output_limit, sampling_params
+from polydelta.server.openai.schemas import ChatRequest, StreamOptions
+from polydelta.server.openai.stream import EventStream, chunk_usage, reason, worth_a_chunk
+from polydelta.server.openai.usage import UsageCount
+from polydelta.server.service import Service
+
+
+def chat_router(service: Service) -> APIRouter:
+    router = APIRouter(tags=["openai"])
+
+    @router.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation, as the base model or as an adapter."""
+        reply, requests = await _prepare(service, body)
+        generation = Generation(service.engine, requests, service.metrics)
+        if body.stream:
+            return EventStream(generation, reply.chunks(generation))
+        with generation:
+            choices = await unless_client_leaves(
+                request, collect(generation, len(requests), reply.usage)
+            )
+        completion = reply.whole(choices)
+        return Response(completion.model_dump_json(), media_type="application/json")
+
+    return router
+
+
+async def _prepare(
+    service: Service, body: ChatRequest
+) -> tuple[ChatReply, list[GenerationRequest]]:
+    """The reply to be written, and the engine's requests, one a choice. Raises ApiError."""
+    service.check_alive()
+    engine = service.engine
+    adapter = service.resolve(body.model)
+    prompt = await encode_chat(engine, body.messages)
+    reply = ChatReply(service, body, prompt)
+    limit_name = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
+    wanted = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
+    limit = output_limit(engine, len(prompt), wanted, limit_name)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    sampling = sampling_params(engine, body, limit, logprobs)
+    requests = [
+        GenerationRequest(f"{reply.id}-{index}", prompt, choice, adapter)
+        for index, choice in enumerate(for_choices(sampling, body.n))
+    ]
+    return reply, requests
+
+
+class ChatReply:
+    """Writes one reply, as a whole body or as chunks."""
+
+    def __init__(self, service: Service, body: ChatRequest, prompt: Sequence[int]) -> None:
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.usage = UsageCount([prompt], body.n)
+        self._created = int(time.time())
+        self._body = body
+        self._tokenizer = service.engine.tokenizer
+
+    def whole(self, choices: Sequence[WholeChoice]) -> ChatCompletion:
+        written = [
+            ChatChoice(
+                index=index,
+                message=ChatMessage(role="assistant", content=choice.text),
+                logprobs=self._write_logprobs(choice.logprobs),
+                finish_reason=choice.finish_reason,
+                stop_reason=choice.stop_reason,
+            )
+            for index, choice in enumerate(choices)
+        ]
+        return ChatCompletion(
+            id=self.id,
+            object="chat.completion",
+            created=self._created,
+            model=self._body.model,
+            choices=written,
+            usage=self.usage.usage(),
+        )
+
+    async def chunks(self, generation: Generation) -> AsyncIterator[ChatChunk]:
+        options = self._body.stream_options or StreamOptions()
+        for index in range(self._body.n):
+            role = ChatChunkChoice(
+                index=index,
+                delta=ChatDelta(role="assistant", content=""),
+                logprobs=None,
+                finish_reason=None,
+                stop_reason=None,
+            )
+            yield self._chunk([role], chunk_usage(options, self.usage))
+        async for index, output in generation:
+            self.usage.add(index, output)
+            if worth_a_chunk(output, options):
+                choice = ChatChunkChoice(
+                    index=index,
+                    # An empty delta says that nothing was added, as the last one often does.
+                    delta=ChatDelta(content=output.text) if output.text else ChatDelta(),
+                    logprobs=self._write_logprobs(output.logprobs),
+                    finish_reason=reason(output),
+                    stop_reason=output.stop_reason,
+                )
+                yield self._chunk([choice], chunk_usage(options, self.usage))
+        if options.include_usage:
+            yield self._chunk([], {"usage": self.usage.usage()})
+
+    def _write_logprobs(self, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+        return chat_logprobs(self._tokenizer, logprobs) if self._body.logprobs else None
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: dict[str, Usage | None]) -> ChatChunk:
+        return ChatChunk(
+            id=self.id,
+            object="chat.completion.chunk",
+            created=self._created,
+            model=self._body.model,
+            choices=choices,
+            **usage,
+        )

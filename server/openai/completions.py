@@ -1,0 +1,159 @@
+"""`POST /v1/completions`: prompts continued as they stand."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+
+from fastapi import APIRouter, Request, Response
+
+from polydelta.engine.request import GenerationRequest, TokenLogprob
+from polydelta.server.openai.collect import WholeChoice, collect
+from polydelta.server.openai.generation import Generation, unless_client_leaves
+from polydelta.server.openai.logprobs import CompletionLogprobsWriter
+from polydelta.server.openai.prompts import encode_prompts
+from polydelta.server.openai.responses import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Usage,
+)
+from polydelta.server.openai.sampling import for_choices, output_limit, sampling_params
+from polydelta.server.openai.schemas import CompletionRequest, StreamOptions
+from polydelta.server.openai.stream import EventStream, chunk_usage, reason, worth_a_chunk
+from polydelta.server.openai.usage import UsageCount
+from polydelta.server.service import Service
+
+# OpenAI's own.
+DEFAULT_MAX_TOKENS = 16
+
+
+def completions_router(service: Service) -> APIRouter:
+    router = APIRouter(tags=["openai"])
+
+    @router.post("/v1/completions", response_model=Completion)
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        """Continue one prompt or many, with the base model or an adapter."""
+        reply, requests = await _prepare(service, body)
+        generation = Generation(service.engine, requests, service.metrics)
+        if body.stream:
+            return EventStream(generation, reply.chunks(generation))
+        with generation:
+            choices = await unless_client_leaves(
+                request, collect(generation, len(requests), reply.usage)
+            )
+        completion = reply.whole(choices)
+        return Response(
+            completion.model_dump_json(exclude_unset=True), media_type="application/json"
+        )
+
+    return router
+
+
+async def _prepare(
+    service: Service, body: CompletionRequest
+) -> tuple[CompletionReply, list[GenerationRequest]]:
+    """The reply to be written, and the engine's requests prompt by prompt. Raises ApiError."""
+    service.check_alive()
+    engine = service.engine
+    adapter = service.resolve(body.model)
+    prompts = await encode_prompts(engine, body.prompt)
+    reply = CompletionReply(service, body, prompts)
+    requests: list[GenerationRequest] = []
+    for prompt in prompts:
+        limit = output_limit(
+            engine, len(prompt), body.max_tokens, "max_tokens", default=DEFAULT_MAX_TOKENS
+        )
+        sampling = sampling_params(engine, body, limit, body.logprobs)
+        for choice in for_choices(sampling, body.n):
+            request_id = f"{reply.id}-{len(requests)}"
+            requests.append(GenerationRequest(request_id, prompt, choice, adapter))
+    return reply, requests
+
+
+class CompletionReply:
+    """Writes one reply, as a whole body or as chunks."""
+
+    def __init__(
+        self, service: Service, body: CompletionRequest, prompts: Sequence[Sequence[int]]
+    ) -> None:
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self.usage = UsageCount(prompts, body.n)
+        self._created = int(time.time())
+        self._body = body
+        self._prompts = prompts
+        self._tokenizer = service.engine.tokenizer
+        self._logprobs = [
+            CompletionLogprobsWriter(self._tokenizer) for _ in range(len(prompts) * body.n)
+        ]
+
+    def whole(self, choices: Sequence[WholeChoice]) -> Completion:
+        written = [
+            self._choice(
+                index,
+                self._echo(index) + choice.text,
+                choice.logprobs,
+                choice.finish_reason,
+                choice.stop_reason,
+            )
+            for index, choice in enumerate(choices)
+        ]
+        return self._completion(written, {"usage": self.usage.usage()})
+
+    async def chunks(self, generation: Generation) -> AsyncIterator[Completion]:
+        options = self._body.stream_options or StreamOptions()
+        if self._body.echo:
+            for index in range(len(self._logprobs)):
+                echo = self._choice(index, self._echo(index), (), None, None)
+                yield self._completion([echo], chunk_usage(options, self.usage))
+        async for index, output in generation:
+            self.usage.add(index, output)
+            if worth_a_chunk(output, options):
+                choice = self._choice(
+                    index, output.text, output.logprobs, reason(output), output.stop_reason
+                )
+                yield self._completion([choice], chunk_usage(options, self.usage))
+        if options.include_usage:
+            yield self._completion([], {"usage": self.usage.usage()})
+
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        logprobs: Sequence[TokenLogprob],
+        finish_reason: str | None,
+        stop_reason: str | int | None,
+    ) -> CompletionChoice:
+        return CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=self._write_logprobs(index, logprobs),
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+        )
+
+    def _write_logprobs(
+        self, index: int, logprobs: Sequence[TokenLogprob]
+    ) -> CompletionLogprobs | None:
+        return None if self._body.logprobs is None else self._logprobs[index].write(logprobs)
+
+    def _echo(self, index: int) -> str:
+        """The prompt of a choice as text, when the client wants it back."""
+        if not self._body.echo:
+            return ""
+        number = index // self._body.n
+        prompt = self._body.prompt[number]
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+
+    def _completion(
+        self, choices: list[CompletionChoice], usage: dict[str, Usage | None]
+    ) -> Completion:
+        return Completion(
+            id=self.id,
+            object="text_completion",
+            created=self._created,
+            model=self._body.model,
+            choices=choices,
+            **usage,
+        )

@@ -1,0 +1,134 @@
+"""The bridge between the engine's thread and asyncio: the choices of one HTTP request.
+
+engine thread:  on_output --> call_soon_threadsafe --.
+event loop:                                          '--> queue --> async for index, output
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from fastapi import Request
+
+from polydelta.engine.request import FinishReason, GenerationRequest, RequestOutput
+from polydelta.server.errors import ApiError
+from polydelta.server.metrics import Metrics
+
+if TYPE_CHECKING:  # the engine imports torch, which the routes do not need
+    from polydelta.engine.engine import Engine
+
+T = TypeVar("T")
+
+
+# Nobody reads it but the access log, where proxies write this status for a client that left.
+CLIENT_GONE = 499
+
+
+class Generation:
+    """Submits the requests on entry; on exit aborts all that have not finished, however it ends.
+
+    Choice `i` is the output of `requests[i]`. Belongs to the event loop that it was entered on.
+    """
+
+    def __init__(
+        self, engine: Engine, requests: Sequence[GenerationRequest], metrics: Metrics
+    ) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._metrics = metrics
+        self._outputs: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue()
+        # Choice -> id of the request, while the engine still works on it.
+        self._unfinished: dict[int, str] = {}
+        # Choice -> when its latest token came, on the monotonic clock.
+        self._last_token: dict[int, float] = {}
+        self._started = 0.0
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._started = time.monotonic()
+        try:
+            for index, request in enumerate(self._requests):
+                self._engine.submit(request, partial(self._hand_over, index))
+                self._unfinished[index] = request.request_id
+        except RuntimeError:
+            self._abort_unfinished()
+            if self._engine.alive:
+                raise
+            raise ApiError(503, "The engine has stopped and takes no requests.") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._abort_unfinished()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """Outputs as they come, choices interleaved, until every choice has finished.
+
+        Raises ApiError when the engine could not serve one of them.
+        """
+        yielded = 0
+        while yielded < len(self._requests):
+            index, output = await self._outputs.get()
+            if output.finish_reason is FinishReason.ERROR:
+                raise self._failure(index, output)
+            yielded += output.finished
+            yield index, output
+
+    def _hand_over(self, index: int, output: RequestOutput) -> None:
+        """On the engine's thread."""
+        # A closed loop is a server that has stopped; nobody waits for the output.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._receive, index, output)
+
+    def _receive(self, index: int, output: RequestOutput) -> None:
+        """On the event loop, at once: a slow client must not count as a slow engine."""
+        now = time.monotonic()
+        if output.token_ids:
+            if index in self._last_token:
+                self._metrics.inter_token_latency.observe(now - self._last_token[index])
+            else:
+                self._metrics.time_to_first_token.observe(now - self._started)
+            self._last_token[index] = now
+        if output.finished:
+            self._metrics.request_latency.observe(now - self._started)
+            self._unfinished.pop(index, None)
+        self._outputs.put_nowait((index, output))
+
+    def _abort_unfinished(self) -> None:
+        for request_id in self._unfinished.values():
+            self._engine.abort(request_id)
+        self._unfinished.clear()
+
+    def _failure(self, index: int, output: RequestOutput) -> ApiError:
+        reason = output.error or "The engine gave no reason."
+        if not self._engine.alive:
+            return ApiError(503, reason)
+        # A living engine fails a request only for what the request asks of it.
+        adapter = self._requests[index].adapter
+        if adapter is None:
+            return ApiError(400, reason)
+        return ApiError(400, f"model: {adapter.name!r} cannot be served: {reason}", "model")
+
+
+async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client hangs up (ApiError)."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(CLIENT_GONE, "The client hung up.")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    """Returns when the client hangs up. The body has been read, so nothing else can come."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,60 @@
+"""Command-line options that stand for settings: help and default come from the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ByteSize
+from pydantic_core import PydanticUndefined
+
+from polydelta.server.settings import ServerSettings
+
+MODEL = "Model and adapters"
+MEMORY = "Memory and batching"
+HTTP = "HTTP"
+
+
+def setting(name: str, flags: str, panel: str, metavar: str | None = None) -> Any:
+    """The option of one setting. Not given, it leaves the choice to the environment."""
+    field = ServerSettings.model_fields[name]
+    text = str(field.description)
+    if field.default not in (None, (), PydanticUndefined):
+        text += f" [dim]\\[default: {_shown(field.default)}][/dim]"
+    return typer.Option(flags, help=text, metavar=metavar, rich_help_panel=panel)
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, ByteSize):
+        return default.human_readable()
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return str(default)
+
+
+Model = Annotated[str | None, setting("model", "--model", MODEL, "PATH|HUB_ID")]
+ServedModelName = Annotated[str | None, setting("served_model_name", "--served-model-name", MODEL)]
+Adapters = Annotated[list[Path] | None, setting("adapters", "--adapters", MODEL, "DIR")]
+Dtype = Annotated[str | None, setting("dtype", "--dtype", MODEL, "bfloat16|float32")]
+MaxModelLen = Annotated[int | None, setting("max_model_len", "--max-model-len", MODEL)]
+
+Pool = Annotated[str | None, setting("pool", "--pool", MEMORY, "SIZE")]
+HostAdapterRam = Annotated[
+    str | None, setting("host_adapter_ram", "--host-adapter-ram", MEMORY, "SIZE")
+]
+MaxBatchTokens = Annotated[int | None, setting("max_batch_tokens", "--max-batch-tokens", MEMORY)]
+MaxBatchSize = Annotated[int | None, setting("max_batch_size", "--max-batch-size", MEMORY)]
+BlockSize = Annotated[int | None, setting("block_size", "--block-size", MEMORY)]
+PrefixCaching = Annotated[
+    bool | None,
+    setting("prefix_caching", "--prefix-caching/--no-prefix-caching", MEMORY),
+]
+
+Host = Annotated[str | None, setting("host", "--host", HTTP)]
+Port = Annotated[int | None, setting("port", "--port", HTTP)]
+ApiKey = Annotated[list[str] | None, setting("api_key", "--api-key", HTTP, "KEY")]
+ShutdownTimeout = Annotated[float | None, setting("shutdown_timeout", "--shutdown-timeout", HTTP)]
+LogLevel = Annotated[
+    str | None, setting("log_level", "--log-level", HTTP, "debug|info|warning|error")
+]

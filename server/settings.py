@@ -1,0 +1,139 @@
+"""What an operator may set: by option on the command line, or by environment variable.
+
+Each setting is written once, here; the command line takes its help and its default from the field.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from polydelta.engine.config import EngineConfig
+
+ENV_PREFIX = "POLYDELTA_"
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used; the message names it and says why."""
+
+
+def packaged_samples() -> tuple[Path, ...]:
+    """The folder of the sample adapters that come with the package."""
+    folder = Path(str(resources.files("polydelta.adapters_store"))) / "samples"
+    return (folder,) if folder.is_dir() else ()
+
+
+class ServerSettings(BaseSettings):
+    """All settings of a server, checked."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
+
+    model: str | None = Field(
+        None,
+        description="Folder, GGUF file or hub id of the base model; without it, the default model.",
+    )
+    served_model_name: str | None = Field(
+        None, min_length=1, description="What clients call the base model; its own name without it."
+    )
+    adapters: Annotated[tuple[Path, ...], NoDecode] = Field(
+        default_factory=packaged_samples,
+        description="Folder of adapters, one in each subfolder; may be given several times."
+        " Without it, the samples that come with the package.",
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Number format of weights and KV cache."
+    )
+    max_model_len: int | None = Field(
+        None,
+        gt=0,
+        description="Longest prompt plus output, in tokens; without it, the model's own.",
+    )
+    max_batch_tokens: int = Field(512, gt=0, description="Tokens computed in one step.")
+    max_batch_size: int = Field(64, gt=0, description="Sequences that run at the same time.")
+    block_size: int = Field(16, gt=0, description="Tokens of KV cache in one page.")
+    pool: ByteSize = Field(
+        ByteSize(2 << 30),
+        gt=0,
+        description="Memory that KV cache and resident adapters share, such as 512MiB or 2GiB.",
+    )
+    host_adapter_ram: ByteSize = Field(
+        ByteSize(2 << 30), gt=0, description="Host memory for adapters that are kept ready."
+    )
+    prefix_caching: bool = Field(True, description="Reuse the KV cache of shared prompt starts.")
+    api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="Key that /v1 asks for; may be given several times. Without it, none."
+    )
+    shutdown_timeout: float = Field(
+        0.0,
+        ge=0,
+        description="Seconds that a stop gives requests to finish; what is left is aborted.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="How much is logged; info has a line for each request."
+    )
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def split_paths(cls, value: object) -> object:
+        """The environment holds several folders the way PATH does."""
+        return value.split(os.pathsep) if isinstance(value, str) else value
+
+    @field_validator("adapters")
+    @classmethod
+    def folders_exist(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        for path in value:
+            if not path.is_dir():
+                raise ValueError(f"{str(path)!r} is not a folder")
+        return value
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def split_keys(cls, value: object) -> object:
+        """The environment holds several keys with commas between them."""
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("api_key")
+    @classmethod
+    def keys_are_not_empty(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(not key.get_secret_value().strip() for key in value):
+            raise ValueError("a key is empty")
+        return value
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        return EngineConfig(
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            max_batch_tokens=self.max_batch_tokens,
+            max_batch_size=self.max_batch_size,
+            block_size=self.block_size,
+            pool_bytes=int(self.pool),
+            host_adapter_bytes=int(self.host_adapter_ram),
+            prefix_caching=self.prefix_caching,
+        )
+
+
+def env_name(setting: str) -> str:
+    return f"{ENV_PREFIX}{setting.upper()}"
+
+
+def load_settings(**options: Any) -> ServerSettings:
+    """Settings from options (None: not given), then the environment, then defaults.
+
+    Raises SettingsError naming the option and the variable of the first setting that is wrong.
+    """
+    try:
+        return ServerSettings(**{name: v for name, v in options.items() if v is not None})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        setting = str(problem["loc"][0])
+        reason = problem["msg"].removeprefix("Value error, ")
+        option = f"--{setting.replace('_', '-')}"
+        raise SettingsError(f"{option} (or {env_name(setting)}): {reason}") from None

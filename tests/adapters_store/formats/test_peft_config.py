@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+import peft
+import pytest
+
+from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.formats import peft_lora, peft_shira
+from polydelta.adapters_store.formats.files import MAX_CONFIG_BYTES
+from polydelta.adapters_store.formats.peft_config import (
+    KeyRules,
+    flag,
+    mapping,
+    number,
+    parse_config,
+    positive_int,
+)
+
+RULES = KeyRules(frozenset({"r"}), frozenset({"dropout"}), {"use_dora": "DoRA is not served yet"})
+
+
+@pytest.mark.parametrize(
+    ("config_class", "rules"),
+    [(peft.LoraConfig, peft_lora.KEY_RULES), (peft.ShiraConfig, peft_shira.KEY_RULES)],
+    ids=["LoRA", "SHiRA"],
+)
+def test_every_field_of_the_installed_peft_is_honoured_harmless_or_refused(
+    config_class: Any, rules: KeyRules
+) -> None:
+    known = rules.honoured | rules.harmless | rules.refused.keys()
+    assert {field.name for field in fields(config_class)} - known == set()
+
+
+@pytest.mark.parametrize("rules", [peft_lora.KEY_RULES, peft_shira.KEY_RULES])
+def test_no_key_is_in_two_classes(rules: KeyRules) -> None:
+    classes = [rules.honoured, rules.harmless, rules.refused.keys()]
+    assert sum(map(len, classes)) == len(set().union(*classes))
+
+
+def test_honoured_and_harmless_keys_pass_with_any_value() -> None:
+    RULES.check({"r": 3, "dropout": 0.5})
+
+
+def test_a_refused_key_is_named_with_value_and_reason_when_it_is_on() -> None:
+    with pytest.raises(InvalidAdapterError, match="use_dora is True; DoRA is not served yet"):
+        RULES.check({"use_dora": True})
+
+
+@pytest.mark.parametrize("off", [None, False, {}, []])
+def test_refused_and_unknown_keys_that_are_switched_off_are_harmless(off: object) -> None:
+    RULES.check({"use_dora": off, "option_of_a_newer_peft": off})
+
+
+@pytest.mark.parametrize("on", [True, 0, 1.5, "", "x", {"a": 1}, [0]])
+def test_an_unknown_key_with_a_value_is_refused_by_name(on: object) -> None:
+    with pytest.raises(InvalidAdapterError, match="option_of_a_newer_peft is .*not known"):
+        RULES.check({"option_of_a_newer_peft": on})
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    with pytest.raises(InvalidAdapterError) as error:
+        RULES.check({"unknown": "x" * 10_000})
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"{'r': 1}", b'{"r": NaN}', b"\xff\xfe\x00", b"[" * 100_000, b"\x80\x04}q\x00."],
+)
+def test_a_config_that_is_no_json_is_an_error(content: bytes) -> None:
+    with pytest.raises(InvalidAdapterError, match="adapter_config.json is not valid JSON"):
+        parse_config(content)
+
+
+@pytest.mark.parametrize("value", [[], None, 3, "text"])
+def test_a_config_that_is_no_object_is_an_error(value: object) -> None:
+    with pytest.raises(InvalidAdapterError, match="instead of an object"):
+        parse_config(json.dumps(value).encode())
+
+
+def test_peft_configs_stay_far_below_the_size_limit() -> None:
+    config = peft.LoraConfig(
+        target_modules=[f"model.layers.{n}.self_attn.q_proj" for n in range(200)]
+    )
+    content = json.dumps(config.to_dict(), default=list).encode()
+    assert len(content) < MAX_CONFIG_BYTES / 50
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, "8", None, [8]])
+def test_what_is_no_positive_integer_is_refused_by_field_and_value(value: object) -> None:
+    with pytest.raises(InvalidAdapterError, match="r is .*, but must be a whole number above 0"):
+        positive_int("r", value)
+
+
+@pytest.mark.parametrize("value", [None, True, "16", 10**400, float("inf"), float("nan"), []])
+def test_what_is_no_finite_number_is_refused_by_field_and_value(value: object) -> None:
+    with pytest.raises(InvalidAdapterError, match="lora_alpha is .*, but must be a finite number"):
+        number("lora_alpha", value)
+
+
+@pytest.mark.parametrize("value", [0, 1, "true", []])
+def test_what_is_no_truth_value_is_refused(value: object) -> None:
+    with pytest.raises(InvalidAdapterError, match="use_rslora is .*, but must be true or false"):
+        flag("use_rslora", value)
+
+
+@pytest.mark.parametrize("value", [0, "q_proj", ["q_proj"]])
+def test_what_is_no_object_is_refused(value: object) -> None:
+    with pytest.raises(InvalidAdapterError, match="rank_pattern is .*, but must be an object"):
+        mapping("rank_pattern", value)
+
+
+def test_null_stands_for_false_and_for_an_empty_object() -> None:
+    assert flag("use_rslora", None) is False
+    assert mapping("rank_pattern", None) == {}

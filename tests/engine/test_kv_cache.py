@@ -1,0 +1,175 @@
+"""Block tables and the prefix cache."""
+
+from __future__ import annotations
+
+import pytest
+
+from polydelta.engine.eviction import CostModel
+from polydelta.engine.kv_cache import BASE_NAMESPACE, KVCache
+from polydelta.engine.pool import PagePool
+from polydelta.engine.request import GenerationRequest, SamplingParams
+from polydelta.engine.sequence import Sequence
+
+BLOCK = 4
+
+
+def sequence_of(*tokens: int) -> Sequence:
+    return Sequence(GenerationRequest("r", tokens, SamplingParams()), lambda output: None)
+
+
+@pytest.fixture
+def pool() -> PagePool:
+    return PagePool(8)
+
+
+@pytest.fixture
+def kv(pool: PagePool) -> KVCache:
+    return KVCache(pool, BLOCK, CostModel())
+
+
+def compute(kv: KVCache, sequence: Sequence, namespace: str = BASE_NAMESPACE) -> list[int]:
+    """Admits a sequence and computes all of it. Returns the prefix that it was given."""
+    prefix = kv.find_prefix(sequence, namespace)
+    kv.admit(sequence, prefix)
+    kv.grow(sequence, sequence.num_tokens)
+    sequence.num_computed = sequence.num_tokens
+    kv.publish(sequence, namespace)
+    return prefix
+
+
+@pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
+def test_tokens_take_whole_pages(kv: KVCache, tokens: int, pages: int) -> None:
+    assert kv.pages_for(tokens) == pages
+
+
+def test_growing_allocates_only_what_is_missing(kv: KVCache, pool: PagePool) -> None:
+    sequence = sequence_of(*range(9))
+    kv.grow(sequence, 5)
+    assert len(sequence.block_table) == 2
+    assert kv.pages_missing(sequence, 8) == 0
+    kv.grow(sequence, 8)
+    assert len(sequence.block_table) == 2
+    kv.grow(sequence, 9)
+    assert len(sequence.block_table) == 3
+    assert pool.num_free == 5
+
+
+def test_full_blocks_are_found_again_and_partial_ones_are_not(kv: KVCache) -> None:
+    first = sequence_of(*range(10))
+    compute(kv, first)
+    assert kv.find_prefix(sequence_of(*range(12)), BASE_NAMESPACE) == first.block_table[:2]
+
+
+def test_the_last_token_is_always_left_to_compute(kv: KVCache) -> None:
+    first = sequence_of(*range(8))
+    compute(kv, first)
+    again = sequence_of(*range(8))
+    assert compute(kv, again) == first.block_table[:1]
+    assert again.num_cached == BLOCK
+
+
+def test_looking_for_a_prefix_changes_nothing(kv: KVCache, pool: PagePool) -> None:
+    first = sequence_of(*range(9))
+    compute(kv, first)
+    kv.release(first)
+    before = (pool.num_free, pool.num_idle, kv.used_pages(), kv.stats.queries)
+    assert len(kv.find_prefix(sequence_of(*range(9)), BASE_NAMESPACE)) == 2
+    assert (pool.num_free, pool.num_idle, kv.used_pages(), kv.stats.queries) == before
+
+
+def test_a_block_is_known_by_all_tokens_before_it(kv: KVCache) -> None:
+    compute(kv, sequence_of(0, 1, 2, 3, 9, 9, 9, 9))
+    assert kv.find_prefix(sequence_of(7, 1, 2, 3, 9, 9, 9, 9, 9), BASE_NAMESPACE) == []
+
+
+def test_the_same_tokens_under_another_namespace_are_not_found(kv: KVCache) -> None:
+    first = sequence_of(*range(9))
+    compute(kv, first, "digest one")
+    for namespace in (BASE_NAMESPACE, "digest two"):
+        assert kv.find_prefix(sequence_of(*range(9)), namespace) == []
+    assert kv.find_prefix(sequence_of(*range(9)), "digest one") == first.block_table[:2]
+
+
+def test_released_pages_are_kept_where_published_and_free_where_not(
+    kv: KVCache, pool: PagePool
+) -> None:
+    sequence = sequence_of(*range(10))
+    compute(kv, sequence)
+    kv.release(sequence)
+    assert (pool.num_idle, pool.num_free) == (2, 6)
+    assert kv.used_pages() == []
+    assert (sequence.block_table, sequence.num_computed) == ([], 0)
+
+
+def test_a_shared_page_stays_in_use_until_its_last_user_leaves(
+    kv: KVCache, pool: PagePool
+) -> None:
+    one, two = sequence_of(*range(9)), sequence_of(*range(9))
+    compute(kv, one)
+    compute(kv, two)
+    assert one.block_table[:2] == two.block_table[:2]
+    assert kv.num_used_pages == 4
+    kv.release(one)
+    assert pool.num_idle == 0
+    kv.release(two)
+    assert pool.num_idle == 2
+
+
+def test_the_slower_of_two_with_the_same_block_keeps_its_page_to_itself(
+    kv: KVCache, pool: PagePool
+) -> None:
+    one, two = sequence_of(*range(5)), sequence_of(*range(5))
+    for sequence in (one, two):
+        kv.admit(sequence, [])
+        kv.grow(sequence, 5)
+        sequence.num_computed = 5
+    for sequence in (one, two):
+        kv.publish(sequence, BASE_NAMESPACE)
+    assert kv.find_prefix(sequence_of(*range(5)), BASE_NAMESPACE) == one.block_table[:1]
+    kv.release(two)
+    assert (pool.num_idle, pool.num_free) == (0, 6)
+
+
+def test_the_end_of_a_prefix_is_evicted_before_its_beginning(kv: KVCache, pool: PagePool) -> None:
+    sequence = sequence_of(*range(17))
+    compute(kv, sequence)
+    first = sequence.block_table[:4]
+    kv.release(sequence)
+    for kept in (3, 2, 1, 0):
+        kv.grow(sequence_of(), BLOCK * (pool.num_free + 1))
+        assert kv.find_prefix(sequence_of(*range(17)), BASE_NAMESPACE) == first[:kept]
+
+
+def test_prefixes_that_are_used_often_outlive_those_that_are_not(
+    kv: KVCache, pool: PagePool
+) -> None:
+    for tokens, times in ((range(4), 3), (range(10, 14), 1)):
+        for _ in range(times):
+            sequence = sequence_of(*tokens, 99)
+            compute(kv, sequence)
+            kv.release(sequence)
+    assert pool.num_idle == 2
+    kv.grow(sequence_of(), BLOCK * 7)
+    assert len(kv.find_prefix(sequence_of(*range(4), 99), BASE_NAMESPACE)) == 1
+    assert kv.find_prefix(sequence_of(*range(10, 14), 99), BASE_NAMESPACE) == []
+
+
+def test_only_the_first_admission_counts_as_a_query(kv: KVCache) -> None:
+    first = sequence_of(*range(9))
+    compute(kv, first)
+    assert (kv.stats.queries, kv.stats.hits, first.num_cached) == (9, 0, 0)
+    kv.release(first)
+    assert len(compute(kv, first)) == 2
+    assert (kv.stats.queries, kv.stats.hits, first.num_cached) == (9, 0, 0)
+    second = sequence_of(*range(9))
+    compute(kv, second)
+    assert (kv.stats.queries, kv.stats.hits, second.num_cached) == (18, 8, 8)
+
+
+def test_without_prefix_caching_nothing_is_found_or_kept(pool: PagePool) -> None:
+    kv = KVCache(pool, BLOCK, CostModel(), prefix_caching=False)
+    first = sequence_of(*range(9))
+    compute(kv, first)
+    assert kv.find_prefix(sequence_of(*range(9)), BASE_NAMESPACE) == []
+    kv.release(first)
+    assert (pool.num_idle, pool.num_free) == (0, 8)

@@ -1,0 +1,232 @@
+"""Adapters on their way into the pool and out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from polydelta.adapters_store.catalog import AdapterRef
+from polydelta.engine.eviction import CostModel
+from polydelta.engine.pool import PagePool
+from polydelta.engine.residency import BoundAdapter, HostAdapter, Residency, ResidencyState
+
+PAGE_BYTES = 10
+ONE, TWO = (AdapterRef(name, 1, Path("unused")) for name in ("one", "two"))
+
+
+class Packed(NamedTuple):
+    """A packed adapter without bytes."""
+
+    digest: str
+    bytes_per_layer: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.bytes_per_layer
+
+
+class Setting:
+    """A residency whose host tier is the test itself."""
+
+    def __init__(self, num_pages: int = 8) -> None:
+        self.pool = PagePool(num_pages)
+        self.loads: list[Future[HostAdapter]] = []
+        self.bound: list[list[int]] = []
+        self.wakes = 0
+        self.residency = Residency(
+            self.pool, PAGE_BYTES, self, self._bind, CostModel(), self._wake
+        )
+
+    def load(self, ref: AdapterRef) -> Future[HostAdapter]:
+        self.loads.append(Future())
+        return self.loads[-1]
+
+    def bring(self, ref: AdapterRef, size: int) -> None:
+        """An adapter of `size` bytes a layer, all the way into the pool, in use."""
+        self.residency.prefetch(ref)
+        self.loads[-1].set_result(Packed(f"digest of {ref.id}", size))
+        assert self.residency.state(ref) is ResidencyState.ON_HOST
+        self.residency.acquire(ref)
+
+    def _bind(self, packed: HostAdapter, pages: Seq[int]) -> BoundAdapter:
+        self.bound.append(list(pages))
+        return object()
+
+    def _wake(self) -> None:
+        self.wakes += 1
+
+
+def test_an_adapter_goes_from_disk_to_the_pool_and_back() -> None:
+    setting = Setting()
+    residency = setting.residency
+    assert residency.state(ONE) is ResidencyState.ON_DISK
+    residency.prefetch(ONE)
+    assert residency.state(ONE) is ResidencyState.LOADING_TO_HOST
+    setting.loads[0].set_result(Packed("d", 25))
+    assert residency.state(ONE) is ResidencyState.ON_HOST
+    assert residency.digest(ONE) == "d"
+    bound = residency.acquire(ONE)
+    assert residency.state(ONE) is ResidencyState.RESIDENT
+    assert residency.bound(ONE) is bound
+    residency.release(ONE)
+    assert residency.state(ONE) is ResidencyState.RESIDENT
+    setting.pool.allocate(8)
+    assert residency.state(ONE) is ResidencyState.ON_DISK
+    assert (residency.num_loads, residency.num_evictions) == (1, 1)
+
+
+def test_a_load_that_ends_wakes_the_engine() -> None:
+    setting = Setting()
+    setting.residency.prefetch(ONE)
+    assert setting.wakes == 0
+    setting.loads[0].set_result(Packed("d", 5))
+    assert setting.wakes == 1
+    setting.residency.prefetch(TWO)
+    setting.loads[1].set_exception(OSError("gone"))
+    assert setting.wakes == 2
+
+
+def test_an_adapter_is_loaded_once_however_often_it_is_asked_for() -> None:
+    setting = Setting()
+    for _ in range(3):
+        setting.residency.prefetch(ONE)
+    setting.loads[0].set_result(Packed("d", 5))
+    setting.residency.prefetch(ONE)
+    setting.residency.acquire(ONE)
+    setting.residency.prefetch(ONE)
+    assert len(setting.loads) == 1
+
+
+@pytest.mark.parametrize(("size", "pages"), [(0, 1), (1, 1), (10, 1), (11, 2), (35, 4)])
+def test_an_adapter_takes_whole_pages_and_at_least_one(size: int, pages: int) -> None:
+    setting = Setting()
+    setting.residency.prefetch(ONE)
+    setting.loads[0].set_result(Packed("d", size))
+    assert setting.residency.state(ONE) is ResidencyState.ON_HOST
+    assert setting.residency.pages_needed(ONE) == pages
+    setting.residency.acquire(ONE)
+    assert setting.residency.pages_needed(ONE) == pages
+    assert len(setting.bound[0]) == pages
+
+
+def test_pages_to_acquire_counts_what_would_leave_the_available_ones() -> None:
+    setting = Setting()
+    residency, pool = setting.residency, setting.pool
+    residency.prefetch(ONE)
+    setting.loads[0].set_result(Packed("d", 25))
+    residency.state(ONE)
+    for _ in range(2):  # from the host, then from idle
+        available, asked = pool.num_available, residency.pages_to_acquire(ONE)
+        assert asked == 3
+        residency.acquire(ONE)
+        assert pool.num_available == available - asked
+        assert residency.pages_to_acquire(ONE) == 0
+        residency.release(ONE)
+
+
+def test_only_the_last_user_leaves_an_adapter_idle() -> None:
+    setting = Setting()
+    setting.bring(ONE, 25)
+    setting.residency.acquire(ONE)
+    setting.residency.release(ONE)
+    assert setting.pool.num_idle == 0
+    assert sorted(setting.residency.used_pages()) == sorted(setting.bound[0])
+    setting.residency.release(ONE)
+    assert setting.pool.num_idle == 3
+    assert setting.residency.used_pages() == []
+    assert setting.residency.num_idle_pages() == 3
+
+
+def test_an_idle_adapter_is_taken_back_without_being_loaded_again() -> None:
+    setting = Setting()
+    setting.bring(ONE, 25)
+    setting.residency.release(ONE)
+    setting.residency.acquire(ONE)
+    assert len(setting.bound) == 1
+    assert setting.pool.num_idle == 0
+
+
+def test_an_adapter_in_use_is_never_evicted() -> None:
+    setting = Setting(num_pages=4)
+    setting.bring(ONE, 25)
+    assert not setting.pool.can_allocate(2)
+
+
+def test_a_new_adapter_takes_the_room_of_an_idle_one() -> None:
+    setting = Setting(num_pages=4)
+    setting.bring(ONE, 25)
+    setting.residency.release(ONE)
+    setting.bring(TWO, 35)
+    assert setting.residency.resident() == [TWO]
+    assert setting.residency.state(ONE) is ResidencyState.ON_DISK
+
+
+def test_a_failure_is_told_once_and_then_forgotten() -> None:
+    setting = Setting()
+    setting.residency.prefetch(ONE)
+    setting.loads[0].set_exception(ValueError("rank 0 is no rank"))
+    assert setting.residency.state(ONE) is ResidencyState.FAILED
+    setting.residency.prefetch(ONE)
+    assert len(setting.loads) == 1
+    assert setting.residency.take_error(ONE) == "rank 0 is no rank"
+    assert setting.residency.state(ONE) is ResidencyState.ON_DISK
+    setting.residency.prefetch(ONE)
+    assert len(setting.loads) == 2
+
+
+def test_an_error_without_words_is_still_an_error() -> None:
+    setting = Setting()
+    setting.residency.prefetch(ONE)
+    setting.loads[0].set_exception(MemoryError())
+    assert setting.residency.state(ONE) is ResidencyState.FAILED
+    assert setting.residency.take_error(ONE)
+
+
+def test_a_load_that_was_cancelled_is_a_failed_one() -> None:
+    setting = Setting()
+    setting.residency.prefetch(ONE)
+    assert setting.loads[0].cancel()
+    assert setting.residency.state(ONE) is ResidencyState.FAILED
+    assert setting.residency.take_error(ONE)
+
+
+def test_what_was_loaded_for_nobody_is_let_go() -> None:
+    setting = Setting()
+    setting.residency.prefetch(ONE)
+    setting.residency.drop_unused(ONE)
+    assert setting.residency.state(ONE) is ResidencyState.ON_DISK
+    setting.residency.prefetch(ONE)
+    setting.loads[1].set_result(Packed("d", 5))
+    assert setting.residency.state(ONE) is ResidencyState.ON_HOST
+    setting.residency.drop_unused(ONE)
+    assert setting.residency.state(ONE) is ResidencyState.ON_DISK
+
+
+def test_a_resident_adapter_is_not_dropped() -> None:
+    setting = Setting()
+    setting.bring(ONE, 25)
+    setting.residency.drop_unused(ONE)
+    setting.residency.release(ONE)
+    setting.residency.drop_unused(ONE)
+    assert setting.residency.resident() == [ONE]
+
+
+def test_the_size_of_an_adapter_that_is_not_loaded_is_not_known() -> None:
+    setting = Setting()
+    setting.residency.prefetch(ONE)
+    with pytest.raises(ValueError, match="one@1 is loading to host"):
+        setting.residency.pages_needed(ONE)
+    with pytest.raises(ValueError, match="one@1 is not resident"):
+        setting.residency.bound(ONE)
+
+
+def test_versions_of_one_adapter_are_strangers() -> None:
+    setting = Setting()
+    setting.bring(ONE, 5)
+    assert setting.residency.state(AdapterRef("one", 2, Path("unused"))) is ResidencyState.ON_DISK
+    same = AdapterRef("one", 1, Path("elsewhere"))
+    assert setting.residency.state(same) is ResidencyState.RESIDENT

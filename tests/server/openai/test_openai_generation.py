@@ -1,0 +1,153 @@
+"""The bridge to the engine: a client that leaves frees everything it asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from starlette.requests import ClientDisconnect
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+COMPLETION = {"prompt": ["a", "b"]}
+
+
+class Client:
+    """A raw ASGI client that can hang up at any moment."""
+
+    def __init__(self, app, path, body, spec_version="2.3"):
+        self.sent = []
+        self.gone = asyncio.Event()
+        self._body = json.dumps({"model": "dates"} | body).encode()
+        self._read = False
+        # What ASGI asks of servers from 2.4 on; before, they swallowed it.
+        self._raises = spec_version >= "2.4"
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": spec_version},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 2),
+        }
+        self.call = asyncio.ensure_future(app(scope, self._receive, self._send))
+
+    async def _receive(self):
+        if not self._read:
+            self._read = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message):
+        if self.gone.is_set() and self._raises:
+            raise OSError("the connection is closed")
+        self.sent.append(message)
+
+
+async def until(condition):
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise TimeoutError
+
+
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+@pytest.mark.parametrize(
+    ("path", "body", "choices"),
+    [("/v1/chat/completions", CHAT | {"n": 3}, 3), ("/v1/completions", COMPLETION | {"n": 2}, 4)],
+)
+def test_hanging_up_in_mid_stream_aborts_every_choice(
+    app, engine, path, body, choices, spec_version
+):
+    engine.endless = True
+
+    async def scenario():
+        client = Client(app, path, body | {"stream": True}, spec_version)
+        await until(lambda: len(client.sent) > 10)
+        assert engine.aborted == set()
+        client.gone.set()
+        await asyncio.wait([client.call], timeout=5)
+        assert isinstance(client.call.exception(), ClientDisconnect | None)
+
+    asyncio.run(scenario())
+    assert len(engine.requests) == choices
+    assert engine.aborted == {request.request_id for request in engine.requests}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "choices"),
+    [("/v1/chat/completions", CHAT | {"n": 3}, 3), ("/v1/completions", COMPLETION, 2)],
+)
+def test_hanging_up_before_a_whole_body_aborts_every_choice(app, engine, path, body, choices):
+    engine.endless = True
+
+    async def scenario():
+        client = Client(app, path, body)
+        await until(lambda: len(engine.requests) == choices)
+        client.gone.set()
+        await asyncio.wait([client.call], timeout=5)
+        assert client.call.exception() is None
+
+    asyncio.run(scenario())
+    assert engine.aborted == {request.request_id for request in engine.requests}
+
+
+def test_a_cancelled_handler_aborts(app, engine):
+    engine.endless = True
+
+    async def scenario():
+        client = Client(app, "/v1/completions", COMPLETION)
+        await until(lambda: len(engine.requests) == 2)
+        client.call.cancel()
+        await asyncio.wait([client.call], timeout=5)
+
+    asyncio.run(scenario())
+    assert len(engine.aborted) == 2
+
+
+def test_what_has_finished_is_not_aborted(complete, stream, engine):
+    complete(n=3)
+    stream("/v1/completions", n=3)
+    assert engine.aborted == set()
+
+
+def test_an_engine_that_dies_between_two_choices_is_503_and_the_first_is_aborted(refusal, engine):
+    submit = engine.submit
+
+    def submit_once(request, on_output):
+        submit(request, on_output)
+        engine.alive = False
+
+    engine.submit = submit_once
+    engine.endless = True
+    status, _ = refusal("/v1/completions", n=2)
+    assert status == 503
+    assert engine.aborted == {engine.requests[0].request_id}
+
+
+def test_hundred_requests_at_once_get_their_own_answers(app, engine):
+    engine.answer = lambda request: bytes(request.prompt_token_ids).decode()
+
+    async def scenario():
+        clients = [
+            Client(app, "/v1/completions", {"prompt": f"number {i}", "stream": i % 2 == 0})
+            for i in range(100)
+        ]
+        await asyncio.wait_for(asyncio.gather(*(client.call for client in clients)), 30)
+        return [b"".join(m.get("body", b"") for m in client.sent) for client in clients]
+
+    for index, body in enumerate(asyncio.run(scenario())):
+        if index % 2:
+            assert json.loads(body)["choices"][0]["text"] == f"number {index}"
+        else:
+            events = [line.removeprefix("data: ") for line in body.decode().split("\n\n")[:-2]]
+            text = "".join(json.loads(event)["choices"][0]["text"] for event in events)
+            assert text == f"number {index}"

@@ -1,0 +1,151 @@
+"""The command line, as far as it goes without a model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from polydelta.adapters_store.catalog import CONFIG_FILE, WEIGHTS_FILE
+from polydelta.server.cli import main
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `polydelta ...` in this process; (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["polydelta", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        captured = capsys.readouterr()
+        return int(left.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """A folder with one good LoRA and one whose config is broken."""
+    good, bad = tmp_path / "good-one", tmp_path / "bad-one"
+    good.mkdir()
+    bad.mkdir()
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    (good / CONFIG_FILE).write_text(json.dumps(config))
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    weights = {
+        f"{module}.lora_A.weight": torch.ones(2, 8),
+        f"{module}.lora_B.weight": torch.ones(8, 2),
+    }
+    save_file(weights, good / WEIGHTS_FILE)
+    (bad / CONFIG_FILE).write_text("{")
+    return tmp_path
+
+
+def test_version_prints_the_version(run):
+    assert run("version") == (0, f"{version('polydelta')}\n", "")
+
+
+def test_help_teaches_with_examples(run):
+    for command in ("serve", "generate"):
+        code, out, _ = run(command, "--help")
+        assert code == 0
+        assert f"polydelta {command}" in out
+        assert "Examples" in out
+
+
+def test_help_tells_the_defaults_of_the_settings(run):
+    _, out, _ = run("serve", "--help")
+    assert "[default: 8000]" in out
+    assert "[default: bfloat16]" in out
+
+
+def test_without_a_command_there_is_help(run):
+    code, out, err = run()
+    assert code == 2
+    assert "serve" in out + err
+
+
+def test_a_wrong_option_is_code_2(run):
+    assert run("serve", "--no-such-option")[0] == 2
+
+
+def test_a_wrong_setting_is_one_line_and_code_1(run):
+    code, out, err = run("serve", "--pool", "2 apples")
+    assert (code, out) == (1, "")
+    assert err.startswith("Error: --pool")
+    assert err.count("\n") == 1
+
+
+def test_a_taken_port_is_told_before_the_model_loads(run):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = run("serve", "--port", str(port))
+    assert code == 1
+    assert f"port {port}" in err
+    assert "--port" in err
+
+
+def test_generate_names_an_unknown_adapter_before_the_model_loads(run, adapters):
+    code, _, err = run("generate", "Hi", "--adapter", "nobody", "--adapters", str(adapters))
+    assert code == 1
+    assert "nobody" in err
+    assert err.count("\n") == 1
+
+
+def test_a_model_that_is_not_there_is_one_line(run, tmp_path):
+    code, _, err = run("generate", "Hi", "--model", str(tmp_path / "nothing"))
+    assert code == 1
+    assert err.startswith("Error:")
+    assert "Traceback" not in err
+
+
+def test_adapters_list_shows_what_can_be_served_and_what_not(run, adapters):
+    code, out, _ = run("adapters", "list", str(adapters))
+    assert code == 0
+    good = next(line for line in out.splitlines() if "good-one" in line)
+    bad = next(line for line in out.splitlines() if "bad-one" in line)
+    assert "LORA" in good
+    assert "yes" in good
+    assert "no:" in bad
+
+
+def test_adapters_inspect_shows_the_facts(run, adapters):
+    code, out, _ = run("adapters", "inspect", str(adapters / "good-one"))
+    assert code == 0
+    for fact in ("good-one", "LORA", "LowRank", "q_proj", "yes"):
+        assert fact in out
+
+
+def test_adapters_inspect_of_a_bad_one_is_code_1_and_says_why(run, adapters):
+    code, out, _ = run("adapters", "inspect", str(adapters / "bad-one"))
+    assert code == 1
+    assert "no:" in out
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "polydelta.server", "version"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == version("polydelta")
+
+
+def test_help_does_not_wait_for_torch():
+    program = "import sys; from polydelta.server import cli, app; print('torch' in sys.modules)"
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.strip() == "False"
