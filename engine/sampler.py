@@ -10,6 +10,8 @@ from torch import Tensor
 from polydelta.engine.request import SamplingParams, TokenLogprob
 from polydelta.engine.sequence import SampledToken, Sequence
 
+# Below it the division would overflow float32, and the draw is as good as greedy anyway.
+_LOWEST_TEMPERATURE = 1e-6
 # Most nuclei are small: so many of the likeliest tokens are looked at before a full sort.
 _NUCLEUS_GUESS = 256
 
@@ -54,7 +56,7 @@ class Sampler:
 
     def _draw(self, logits: Tensor, sequence: Sequence) -> int:
         params = sequence.request.sampling
-        probabilities = torch.softmax(logits / params.temperature, -1)
+        probabilities = torch.softmax(logits / max(params.temperature, _LOWEST_TEMPERATURE), -1)
         _truncate(probabilities, params)
         # Float64: over a large vocabulary a float32 sum loses the tail.
         cumulative = probabilities.double().cumsum(-1)

@@ -61,9 +61,7 @@ class Scheduler:
             self.running.remove(sequence)
             self._release(sequence)
         else:
-            self.waiting.remove(sequence)
-            if sequence.adapter and all(s.adapter != sequence.adapter for s in self.waiting):
-                self._residency.drop_unused(sequence.adapter)
+            self._leave_queue(sequence)
 
     def take_failures(self) -> list[Failure]:
         """Sequences that left because they can never run."""
@@ -138,7 +136,7 @@ class Scheduler:
             if budget == 0 or full or skipped == self._limits.max_batch_size:
                 break
             if not self._adapter_ready(sequence) or not self._can_ever_run(sequence):
-                skipped += 1
+                skipped += sequence in self.waiting  # one that failed has left
                 continue
             prefix = self._kv.find_prefix(sequence, self._namespace(sequence))
             if not self._can_admit(sequence, prefix):
@@ -196,8 +194,14 @@ class Scheduler:
         return False
 
     def _fail(self, sequence: Sequence, reason: str) -> None:
-        self.waiting.remove(sequence)
+        self._leave_queue(sequence)
         self._failures.append(Failure(sequence, reason))
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        """Out of the waiting; what was loaded for it goes if nobody else waits for it."""
+        self.waiting.remove(sequence)
+        if sequence.adapter and all(s.adapter != sequence.adapter for s in self.waiting):
+            self._residency.drop_unused(sequence.adapter)
 
     def _admit(self, sequence: Sequence, prefix: list[int], budget: int) -> int:
         """Cannot fail after `_can_admit`. Returns the tokens that it computes in this step."""

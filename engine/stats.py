@@ -76,10 +76,14 @@ class StatsRecorder:
         self, schedule: Schedule, tokens: Seq[SampledToken | None], seconds: float
     ) -> None:
         """Takes note of a step that was computed and committed."""
-        generated = sum(token is not None for token in tokens)
         computed = sum(item.num_tokens for item in schedule)
-        self._generation_tokens += generated
-        self._prompt_tokens += max(0, computed - generated)
+        self._generation_tokens += sum(token is not None for token in tokens)
+        self._prompt_tokens += sum(
+            item.num_tokens
+            for item, token in zip(schedule, tokens, strict=True)
+            # Not a decode, nor the recomputation of one that was preempted.
+            if item.sequence.num_output_tokens == (token is not None)
+        )
         if computed > 2 * len(schedule):  # mostly prefill
             self._costs.observe_prefill(computed, seconds)
 

@@ -266,8 +266,8 @@ TASKS = {
         Task(
             "ticket-label",
             "A customer's message to one of billing, delivery, account, bug, praise.",
-            "by complaint and product: no held-out pair occurs in training with any greeting, though"
-            " the complaint does with other products",
+            "by complaint and product: no held-out pair occurs in training with any greeting,"
+            " though the complaint does with other products",
             ticket_label,
         ),
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -17,6 +19,7 @@ from polydelta.server.settings import ServerSettings, load_settings
 
 # A catalog can hold tens of thousands of folders; the banner counts no further than this.
 COUNTED_ADAPTERS = 1000
+NAMED_ADAPTERS = 4
 
 
 def serve(
@@ -95,12 +98,13 @@ def print_banner(
     """What is served and where, and one call that can be pasted."""
     found = [ref.id for ref in islice(catalog.list(), COUNTED_ADAPTERS)]
     count = f"{len(found)} or more" if len(found) == COUNTED_ADAPTERS else str(len(found))
+    names = ", ".join(found[:NAMED_ADAPTERS]) + (", ..." if len(found) > NAMED_ADAPTERS else "")
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("model", f"{base_name} ({settings.dtype})")
-    facts.add_row("adapters", f"{count} ({', '.join(found[:4])}, ...)" if found else "none")
+    facts.add_row("model", escape(f"{base_name} ({settings.dtype})"))
+    facts.add_row("adapters", f"{count} ({names})" if found else "none")
     facts.add_row("pool", settings.pool.human_readable())
     facts.add_row("docs", f"{url}/docs")
     console.print(Panel(facts, title=f"PolyDelta at {url}", expand=False))
-    body = f'{{"model": "{found[0] if found else base_name}", "prompt": "Once upon a time"}}'
+    body = json.dumps({"model": base_name, "prompt": "Once upon a time"})
     call = f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
     console.print(call, markup=False, highlight=False, soft_wrap=True)

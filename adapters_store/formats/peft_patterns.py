@@ -15,12 +15,12 @@ from polydelta.adapters_store.errors import InvalidAdapterError
 
 T = TypeVar("T")
 
-# Steps that all patterns of a table together may take on one module name: some 40 ms at worst.
+# Steps that all patterns of a table together may take on one module name: tens of milliseconds at worst.
 MAX_STEPS = 1 << 22
 # Module names of the bases that are served are shorter.
 NAME_LENGTH = 64
 
-# What stands for itself: escaped characters and character classes. Also the start of a plain group.
+# Escaped characters and character classes, whose signs mean nothing, and how a plain group begins.
 _ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?:")
 _REPEAT = re.compile(r"[*+?{]\??")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
@@ -53,6 +53,12 @@ class PatternTable(Generic[T]):
             )
 
     def __getitem__(self, module: str) -> T:
+        """Raises InvalidAdapterError for a name too long for the patterns' bound to hold."""
+        if self._entries and len(module) > NAME_LENGTH:
+            raise InvalidAdapterError(
+                f"The adapter changes {module[:80]!r}..., but modules that patterns are matched "
+                f"with have names of up to {NAME_LENGTH} characters: load it without patterns."
+            )
         for pattern, value in self._entries:
             if pattern.match(module):
                 return value

@@ -70,12 +70,12 @@ class Generation:
 
         Raises ApiError when the engine could not serve one of them.
         """
-        yielded = 0
-        while yielded < len(self._requests):
+        finished = 0
+        while finished < len(self._requests):
             index, output = await self._outputs.get()
             if output.finish_reason is FinishReason.ERROR:
                 raise self._failure(index, output)
-            yielded += output.finished
+            finished += output.finished
             yield index, output
 
     def _hand_over(self, index: int, output: RequestOutput) -> None:

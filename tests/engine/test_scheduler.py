@@ -61,18 +61,6 @@ def test_decodes_come_before_prefill(world: Worlds) -> None:
     assert [(s.sequence, s.num_tokens) for s in w.step()] == [(short, 1), (late, 3)]
 
 
-def test_an_older_prefill_waits_for_a_younger_decode(world: Worlds) -> None:
-    w = world(max_batch_tokens=4)
-    short = w.submit([1, 2], max_tokens=8)
-    w.step()
-    w.scheduler.running[0].num_computed = 0  # as if it had its prompt to compute again
-    w.kv.publish(short, "base")
-    young = w.submit([3], max_tokens=8)
-    w.step()
-    w.scheduler.running.reverse()
-    assert next(iter(w.step())).sequence is young or short.num_uncomputed == 1
-
-
 def test_long_prompts_are_cut_into_chunks_under_the_token_budget(world: Worlds) -> None:
     w = world(max_batch_tokens=6)
     sequence = w.submit(range(15), max_tokens=1)

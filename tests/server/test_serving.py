@@ -21,13 +21,12 @@ import sys
 sys.path.insert(0, {folder!r})
 from conftest import FakeCatalog, FakeEngine
 from polydelta.engine.request import FinishReason, RequestOutput
+from polydelta.engine.stats import EngineStats
 from polydelta.server.app import create_app
 from polydelta.server.serving import Server, bind, url_of
 from polydelta.server.settings import load_settings
 
 class StoppableEngine(FakeEngine):
-    alive = False
-
     def __init__(self):
         super().__init__()
         self.alive = False
@@ -35,6 +34,9 @@ class StoppableEngine(FakeEngine):
 
     def start(self):
         self.alive = True
+
+    def stats(self):
+        return EngineStats(num_running=len(self.handlers))
 
     def submit(self, request, on_output):
         self.handlers[request.request_id] = on_output
@@ -99,6 +101,20 @@ def test_requests_in_flight_end_with_abort(serve):
     assert '"finish_reason":"abort"' in rest[-2]
     assert process.wait(10) == 0
     assert time.monotonic() - began < 10
+
+
+def test_requests_in_flight_get_the_time_that_was_set(serve):
+    process, url = serve(timeout=1.0)
+    body = {"model": "fake-base", "prompt": "Hi", "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as answer:
+        next(answer.iter_lines())
+        process.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.8)
+        # Nobody new is let in meanwhile.
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+        assert process.wait(10) == 0
 
 
 def test_a_taken_port_is_a_settings_error():

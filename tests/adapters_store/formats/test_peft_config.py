@@ -45,7 +45,7 @@ def test_honoured_and_harmless_keys_pass_with_any_value() -> None:
 
 
 def test_a_refused_key_is_named_with_value_and_reason_when_it_is_on() -> None:
-    with pytest.raises(InvalidAdapterError, match="use_dora is True; DoRA is not served yet"):
+    with pytest.raises(InvalidAdapterError, match=r"use_dora is True; DoRA is not served yet"):
         RULES.check({"use_dora": True})
 
 
@@ -56,7 +56,7 @@ def test_refused_and_unknown_keys_that_are_switched_off_are_harmless(off: object
 
 @pytest.mark.parametrize("on", [True, 0, 1.5, "", "x", {"a": 1}, [0]])
 def test_an_unknown_key_with_a_value_is_refused_by_name(on: object) -> None:
-    with pytest.raises(InvalidAdapterError, match="option_of_a_newer_peft is .*not known"):
+    with pytest.raises(InvalidAdapterError, match=r"option_of_a_newer_peft is .*not known"):
         RULES.check({"option_of_a_newer_peft": on})
 
 
@@ -71,13 +71,13 @@ def test_a_long_value_is_cut_in_the_message() -> None:
     [b"", b"{", b"{'r': 1}", b'{"r": NaN}', b"\xff\xfe\x00", b"[" * 100_000, b"\x80\x04}q\x00."],
 )
 def test_a_config_that_is_no_json_is_an_error(content: bytes) -> None:
-    with pytest.raises(InvalidAdapterError, match="adapter_config.json is not valid JSON"):
+    with pytest.raises(InvalidAdapterError, match=r"adapter_config.json is not valid JSON"):
         parse_config(content)
 
 
 @pytest.mark.parametrize("value", [[], None, 3, "text"])
 def test_a_config_that_is_no_object_is_an_error(value: object) -> None:
-    with pytest.raises(InvalidAdapterError, match="instead of an object"):
+    with pytest.raises(InvalidAdapterError, match=r"instead of an object"):
         parse_config(json.dumps(value).encode())
 
 
@@ -91,25 +91,25 @@ def test_peft_configs_stay_far_below_the_size_limit() -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "8", None, [8]])
 def test_what_is_no_positive_integer_is_refused_by_field_and_value(value: object) -> None:
-    with pytest.raises(InvalidAdapterError, match="r is .*, but must be a whole number above 0"):
+    with pytest.raises(InvalidAdapterError, match=r"r is .*, but must be a whole number above 0"):
         positive_int("r", value)
 
 
 @pytest.mark.parametrize("value", [None, True, "16", 10**400, float("inf"), float("nan"), []])
 def test_what_is_no_finite_number_is_refused_by_field_and_value(value: object) -> None:
-    with pytest.raises(InvalidAdapterError, match="lora_alpha is .*, but must be a finite number"):
+    with pytest.raises(InvalidAdapterError, match=r"lora_alpha is .*, but must be a finite number"):
         number("lora_alpha", value)
 
 
 @pytest.mark.parametrize("value", [0, 1, "true", []])
 def test_what_is_no_truth_value_is_refused(value: object) -> None:
-    with pytest.raises(InvalidAdapterError, match="use_rslora is .*, but must be true or false"):
+    with pytest.raises(InvalidAdapterError, match=r"use_rslora is .*, but must be true or false"):
         flag("use_rslora", value)
 
 
 @pytest.mark.parametrize("value", [0, "q_proj", ["q_proj"]])
 def test_what_is_no_object_is_refused(value: object) -> None:
-    with pytest.raises(InvalidAdapterError, match="rank_pattern is .*, but must be an object"):
+    with pytest.raises(InvalidAdapterError, match=r"rank_pattern is .*, but must be an object"):
         mapping("rank_pattern", value)
 
 

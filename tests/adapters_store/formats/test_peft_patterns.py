@@ -4,8 +4,7 @@ import re
 import time
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from peft.utils.other import get_pattern_key
 
 from polydelta.adapters_store.errors import InvalidAdapterError
@@ -84,6 +83,11 @@ def test_a_pattern_that_could_run_for_ages_is_refused_at_once(pattern: str) -> N
     with pytest.raises(InvalidAdapterError, match="rank_pattern"):
         table({pattern: 4})["model.layers.0.self_attn.q_proj"]
     assert time.perf_counter() - start < 2
+
+
+def test_a_name_that_is_too_long_for_the_bound_is_refused() -> None:
+    with pytest.raises(InvalidAdapterError, match="names of up to 64 characters"):
+        table({".*.*.*x": 4})["a" * 100_000]
 
 
 def test_many_patterns_that_are_slow_together_are_refused() -> None:

@@ -1,0 +1,157 @@
+"""One real server for all end-to-end tests: `polydelta serve`, its own process, the default model.
+
+The pool is so small that the tests together must evict and may preempt.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from polydelta.server.settings import packaged_samples
+
+OPTIONS = (
+    *("--dtype", "float32", "--pool", "112MiB", "--max-model-len", "512"),
+    *("--max-batch-tokens", "128", "--max-batch-size", "16"),
+)
+# Seconds to load the model on a busy machine.
+PATIENCE = 180.0
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    url: str
+    process: subprocess.Popen[bytes]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_server(log: Path, *options: str) -> RunningServer:
+    """A server that answers /ready."""
+    port = free_port()
+    command = [sys.executable, "-m", "polydelta.server", "serve", "--port", str(port), *options]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("POLYDELTA_")}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/ready").status_code == 200:
+                return RunningServer(url, process)
+        except httpx.TransportError:
+            time.sleep(0.2)
+    process.kill()
+    raise RuntimeError(f"The server did not start:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RunningServer]]:
+    """Starts servers with more options than OPTIONS; all are gone at the end."""
+    started: list[RunningServer] = []
+
+    def start(*options: str) -> RunningServer:
+        log = tmp_path_factory.mktemp("server") / "log.txt"
+        started.append(start_server(log, *OPTIONS, *options))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.process.kill()
+        running.process.wait()
+
+
+@pytest.fixture(scope="session")
+def server(launch: Callable[..., RunningServer]) -> RunningServer:
+    return launch()
+
+
+@pytest.fixture(scope="session")
+def client(server: RunningServer) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE
+    )
+
+
+@pytest.fixture(scope="session")
+def base(client: openai.OpenAI) -> str:
+    """The base model's name."""
+    return next(iter(client.models.list())).id
+
+
+@pytest.fixture(scope="session")
+def samples() -> list[str]:
+    """Ids of the sample adapters that are there."""
+    ids = [
+        folder.name
+        for root in packaged_samples()
+        for folder in sorted(root.iterdir())
+        if (folder / "adapter_config.json").is_file()
+    ]
+    if not ids:
+        pytest.skip("no sample adapters have been trained yet")
+    return ids
+
+
+@pytest.fixture(scope="session")
+def sample_tasks() -> ModuleType:
+    """The tasks that the samples were trained on; `TASKS` by id."""
+    path = Path(__file__).parents[2] / "examples" / "sample_tasks.py"
+    spec = importlib.util.spec_from_file_location("sample_tasks", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def metrics(server: RunningServer) -> Callable[[], dict[str, float]]:
+    """Scrapes /metrics: value by sample name, with `{owner}` added for the pool's pages."""
+
+    def scrape() -> dict[str, float]:
+        text = httpx.get(f"{server.url}/metrics").text
+        found: dict[str, float] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                owner = sample.labels.get("owner")
+                name = sample.name if owner is None else f"{sample.name}{{{owner}}}"
+                found[name] = found.get(name, 0.0) + sample.value
+        return found
+
+    return scrape
+
+
+@pytest.fixture
+def settled(metrics: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
+    """Waits until nothing runs or waits; the metrics then."""
+
+    def wait() -> dict[str, float]:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            found = metrics()
+            if found["vllm:num_requests_running"] + found["vllm:num_requests_waiting"] == 0:
+                return found
+            time.sleep(0.1)
+        raise TimeoutError(f"the server is still busy: {found}")
+
+    return wait
