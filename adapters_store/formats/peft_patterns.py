@@ -15,7 +15,7 @@ from polydelta.adapters_store.errors import InvalidAdapterError
 
 T = TypeVar("T")
 
-# Steps that all patterns of a table together may take on one module name: tens of milliseconds at worst.
+# Steps that all patterns of a table may take on one module name: tens of milliseconds at worst.
 MAX_STEPS = 1 << 22
 # Module names of the bases that are served are shorter.
 NAME_LENGTH = 64
