@@ -52,7 +52,7 @@ class PageAllocator:
                 (length, -start) for start, length in self._length.items() if length >= missing
             ]
             if fitting:
-                length, negative_start = min(fitting)
+                _, negative_start = min(fitting)
                 pages += self._cut_end(-negative_start, missing)
             else:
                 start = max(self._length, key=lambda first: (self._length[first], first))

@@ -75,7 +75,7 @@ class _Entry:
 
 
 class Residency:
-    """Adapters in the pool. Ask (`state`, `pages_to_acquire`), then `acquire`, which cannot fail."""
+    """Adapters in the pool. Ask (`state`, `pages_to_acquire`), then `acquire`: it cannot fail."""
 
     def __init__(
         self,

@@ -57,9 +57,7 @@ class EngineStats:
 class StatsRecorder:
     """Counts on the engine's thread; `snapshot` may be read from any."""
 
-    def __init__(
-        self, pool: PagePool, kv: KVCache, residency: Residency, costs: CostModel
-    ) -> None:
+    def __init__(self, pool: PagePool, kv: KVCache, residency: Residency, costs: CostModel) -> None:
         self._pool = pool
         self._kv = kv
         self._residency = residency
@@ -72,9 +70,7 @@ class StatsRecorder:
     def finished(self, reason: FinishReason) -> None:
         self._finished[reason.value] += 1
 
-    def step(
-        self, schedule: Schedule, tokens: Seq[SampledToken | None], seconds: float
-    ) -> None:
+    def step(self, schedule: Schedule, tokens: Seq[SampledToken | None], seconds: float) -> None:
         """Takes note of a step that was computed and committed."""
         computed = sum(item.num_tokens for item in schedule)
         self._generation_tokens += sum(token is not None for token in tokens)

@@ -1,6 +1,7 @@
 """One real server for all end-to-end tests: `polydelta serve`, its own process, the default model.
 
-The pool is so small that the tests together must evict and may preempt.
+The pool holds about a third of what a full batch would like, so that requests must share it:
+`test_e2e_load.py` asserts that something was preempted or evicted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from polydelta.server.settings import packaged_samples
 
 OPTIONS = (
-    *("--dtype", "float32", "--pool", "112MiB", "--max-model-len", "512"),
+    *("--dtype", "float32", "--pool", "48MiB", "--max-model-len", "512"),
     *("--max-batch-tokens", "128", "--max-batch-size", "16"),
 )
 # Seconds to load the model on a busy machine.
@@ -126,15 +127,18 @@ def sample_tasks() -> ModuleType:
 
 @pytest.fixture
 def metrics(server: RunningServer) -> Callable[[], dict[str, float]]:
-    """Scrapes /metrics: value by sample name, with `{owner}` added for the pool's pages."""
+    """Scrapes /metrics: value by sample name; pages as `...{owner}`, ends as `finished{reason}`."""
 
     def scrape() -> dict[str, float]:
         text = httpx.get(f"{server.url}/metrics").text
         found: dict[str, float] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                owner = sample.labels.get("owner")
-                name = sample.name if owner is None else f"{sample.name}{{{owner}}}"
+                name = sample.name
+                if owner := sample.labels.get("owner"):
+                    name = f"{name}{{{owner}}}"
+                if reason := sample.labels.get("finished_reason"):
+                    name = f"finished{{{reason}}}"
                 found[name] = found.get(name, 0.0) + sample.value
         return found
 

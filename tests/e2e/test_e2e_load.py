@@ -58,6 +58,9 @@ def test_32_clients_over_all_adapters_get_what_they_would_get_alone(server, ques
 
     assert asyncio.run(together()) == asyncio.run(alone())
     after = settled()
+    print({k: v for k, v in after.items() if "evict" in k or "preempt" in k or "pool" in k})
+    # Or the pool was too large for the test to say anything about sharing it.
+    assert after["vllm:num_preemptions_total"] + after["polydelta_adapter_evictions_total"] > 0
     assert after["polydelta_pool_pages{kv}"] == 0
     assert after["polydelta_pool_pages{adapters}"] == 0
 
@@ -97,15 +100,18 @@ def test_clients_that_hang_up_leave_nothing_behind(server, questions, base, metr
         }
         if body["stream"]:
             async with client.stream("POST", url, json=body) as answer:
-                lines = answer.aiter_lines()
-                for _ in range(number % 7):
-                    await anext(lines)
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                await client.post(url, json=body, timeout=httpx.Timeout(60, read=0.5))
+                # The role comes before any token: only text says that decoding is under way.
+                left = 1 + number % 7
+                async for line in answer.aiter_lines():
+                    left -= '"content":"' in line and '"content":""' not in line
+                    if left == 0:
+                        return
+                raise AssertionError("the stream ended before its client left")
+        with pytest.raises(httpx.ReadTimeout):
+            await client.post(url, json=body, timeout=httpx.Timeout(60, read=3.0))
 
     async def scenario() -> None:
-        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits()) as client:
+        async with httpx.AsyncClient(timeout=120) as client:
             await asyncio.gather(
                 *(leave(client, number, *asked) for number, asked in enumerate(questions))
             )
@@ -118,9 +124,12 @@ def test_clients_that_hang_up_leave_nothing_behind(server, questions, base, metr
     assert after["polydelta_pool_size_pages"] == sum(
         after[f"polydelta_pool_pages{{{owner}}}"] for owner in owners
     )
-    # Cut off, not finished: far fewer tokens than were asked for.
+    # All 64 choices were cut off by the abort, none ran to its end, and tokens had been made.
+    aborted = after["finished{abort}"] - before.get("finished{abort}", 0)
     generated = after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"]
-    assert generated < CLIENTS * 2 * 300 / 2
+    print("aborted", aborted, "generated", generated)
+    assert aborted == CLIENTS * 2
+    assert generated >= CLIENTS / 2
 
 
 @pytest.mark.slow

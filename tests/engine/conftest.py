@@ -100,9 +100,7 @@ class World:
         costs = CostModel()
         self.kv = KVCache(self.pool, block_size, costs, prefix_caching)
         self.num_wakes = 0
-        self.residency = Residency(
-            self.pool, PAGE_BYTES, self.host, self._bind, costs, self._wake
-        )
+        self.residency = Residency(self.pool, PAGE_BYTES, self.host, self._bind, costs, self._wake)
         self.scheduler = Scheduler(self.limits, self.pool, self.kv, self.residency)
         self.recorder = StatsRecorder(self.pool, self.kv, self.residency, costs)
         self.submitted: list[Sequence] = []

@@ -101,9 +101,7 @@ def test_released_pages_are_kept_where_published_and_free_where_not(
     assert (sequence.block_table, sequence.num_computed) == ([], 0)
 
 
-def test_a_shared_page_stays_in_use_until_its_last_user_leaves(
-    kv: KVCache, pool: PagePool
-) -> None:
+def test_a_shared_page_stays_in_use_until_its_last_user_leaves(kv: KVCache, pool: PagePool) -> None:
     one, two = sequence_of(*range(9)), sequence_of(*range(9))
     compute(kv, one)
     compute(kv, two)

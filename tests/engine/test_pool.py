@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import (
@@ -51,7 +53,7 @@ class AllocatorHistory(RuleBasedStateMachine):
         assert len(pages) == len(set(pages)) == count
         assert set(pages) <= self.free
         fewest = next(n for n in range(len(lengths) + 1) if sum(lengths[:n]) >= count)
-        pieces = sum(after != before + 1 for before, after in zip(pages, pages[1:], strict=False))
+        pieces = sum(after != before + 1 for before, after in itertools.pairwise(pages))
         assert pieces + bool(pages) == fewest
         if fewest == 1:
             tightest = min(length for length in lengths if length >= count)

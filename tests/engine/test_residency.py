@@ -37,9 +37,7 @@ class Setting:
         self.loads: list[Future[HostAdapter]] = []
         self.bound: list[list[int]] = []
         self.wakes = 0
-        self.residency = Residency(
-            self.pool, PAGE_BYTES, self, self._bind, CostModel(), self._wake
-        )
+        self.residency = Residency(self.pool, PAGE_BYTES, self, self._bind, CostModel(), self._wake)
 
     def load(self, ref: AdapterRef) -> Future[HostAdapter]:
         self.loads.append(Future())

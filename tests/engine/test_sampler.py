@@ -260,7 +260,9 @@ def test_the_cuts_keep_the_proportions_of_what_they_leave() -> None:
 def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     logits = random_logits(1, vocabulary=50)[0]
     one = sequence([3, 4, 4], [7, 3], repetition_penalty=penalty, temperature=0.0, logprobs=50)
-    theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[3, 4, 4, 7, 3]]), logits[None])
+    theirs = RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.tensor([[3, 4, 4, 7, 3]]), logits[None]
+    )
     torch.testing.assert_close(adjusted(logits, one), theirs[0].log_softmax(-1))
 
 

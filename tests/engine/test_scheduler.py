@@ -30,9 +30,7 @@ def shares(schedule: Schedule) -> dict[Sequence, int]:
 
 
 def test_a_step_of_the_scheduler_needs_no_torch() -> None:
-    code = (
-        "import sys, polydelta.engine.scheduler as s; print('torch' in sys.modules, s.__name__)"
-    )
+    code = "import sys, polydelta.engine.scheduler as s; print('torch' in sys.modules, s.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "polydelta.engine.scheduler"]
 
@@ -233,9 +231,7 @@ def test_the_next_request_after_a_failed_load_tries_again(world: Worlds) -> None
 
 
 @pytest.mark.parametrize("doomed", [2, 3, 5])
-def test_those_who_fail_do_not_put_those_behind_them_to_sleep(
-    world: Worlds, doomed: int
-) -> None:
+def test_those_who_fail_do_not_put_those_behind_them_to_sleep(world: Worlds, doomed: int) -> None:
     """With as many failures as places in a batch, the next in line still runs in this step."""
     w = world(max_batch_size=2, num_pages=4, adapters={"broken": 1})
     for n in range(doomed):

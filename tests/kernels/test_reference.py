@@ -48,7 +48,9 @@ def attend_one_by_one(step: Any) -> Tensor:
                 query = step.queries[sequence.start + row, head].double()
                 kv_head = head // group
                 keys = torch.stack([step.kv[page, 0, at, kv_head].double() for page, at in places])
-                values = torch.stack([step.kv[page, 1, at, kv_head].double() for page, at in places])
+                values = torch.stack(
+                    [step.kv[page, 1, at, kv_head].double() for page, at in places]
+                )
                 weights = (keys @ query / math.sqrt(shape.head_dim)).softmax(0)
                 out[sequence.start + row, head] = weights @ values
     return out

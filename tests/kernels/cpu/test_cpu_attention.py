@@ -111,8 +111,9 @@ def test_a_row_does_not_depend_on_who_shares_the_step(
     together = attend(step)
     for one in step.sequences:
         rows = slice(one.start, one.start + one.length)
-        alone = type(step)(shape, [type(one)(0, one.length, one.context, one.pages)],
-                           step.queries[rows], step.kv)
+        alone = type(step)(
+            shape, [type(one)(0, one.length, one.context, one.pages)], step.queries[rows], step.kv
+        )
         near(together[rows], attend(alone), dtype)
 
 

@@ -47,9 +47,7 @@ def low_rank(
 
 def widened(weights: LowRankWeights) -> LowRankWeights:
     """The same numbers in float64."""
-    blocks = tuple(
-        LowRankBlock(b.out_start, b.rank_start, b.b_t.double()) for b in weights.blocks
-    )
+    blocks = tuple(LowRankBlock(b.out_start, b.rank_start, b.b_t.double()) for b in weights.blocks)
     return LowRankWeights(weights.a.double(), blocks, torch.empty(0))
 
 

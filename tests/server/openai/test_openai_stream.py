@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from polydelta.engine.request import FinishReason, RequestOutput
+
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 
@@ -85,10 +87,24 @@ def test_an_error_in_mid_stream_is_an_event_and_then_done(stream, engine, path):
 
 
 def test_one_failed_choice_aborts_the_others(stream, engine):
-    engine.error = "no"
-    stream(COMPLETIONS, n=4)
-    # All four fail here; those whose failure was not yet read are aborted, which does no harm.
-    assert engine.aborted <= {request.request_id for request in engine.requests}
+    submit = engine.submit
+
+    def submit_first_to_fail(request, on_output):
+        if engine.requests:
+            submit(request, on_output)
+            return
+        engine.requests.append(request)
+        on_output(
+            RequestOutput(
+                request.request_id, "", (), finish_reason=FinishReason.ERROR, error="no room"
+            )
+        )
+
+    engine.submit = submit_first_to_fail
+    engine.endless = True
+    assert "no room" in stream(COMPLETIONS, n=4)[-1]["error"]["message"]
+    assert engine.aborted == {request.request_id for request in engine.requests[1:]}
+    assert len(engine.aborted) == 3
 
 
 def test_a_bug_in_mid_stream_is_an_event_too(stream, engine):
