@@ -47,12 +47,6 @@ def assemble(
 ) -> Engine:
     """An engine for an opened checkpoint. Raises ModelError."""
     model, dtype = checkpoint.config, torch_dtype(config.dtype)
-    max_model_len = _max_model_len(config.max_model_len, model.context_length)
-    weights = Weights(
-        checkpoint.tensors, dtype, lambda done, total: report("Loading weights", done, total)
-    )
-    decoder = Decoder(model, weights, kernels, max_model_len, dtype)
-
     page_bytes = kv_page_bytes(model, config.block_size, dtype)
     num_pages = config.pool_bytes // (page_bytes * model.num_layers)
     if num_pages < 2:
@@ -60,6 +54,11 @@ def assemble(
             f"A pool of {config.pool_bytes} bytes holds {num_pages} pages of {page_bytes} bytes "
             f"in each of {model.num_layers} layers: give it more memory."
         )
+    max_model_len = _max_model_len(config, model.context_length, num_pages)
+    weights = Weights(
+        checkpoint.tensors, dtype, lambda done, total: report("Loading weights", done, total)
+    )
+    decoder = Decoder(model, weights, kernels, max_model_len, dtype)
     runner = Runner(decoder, kernels, num_pages, config.block_size, dtype)
 
     wake, costs, pool = threading.Event(), CostModel(), PagePool(num_pages)
@@ -89,12 +88,20 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def _max_model_len(asked: int | None, context_length: int) -> int:
+def _max_model_len(config: EngineConfig, context_length: int, num_pages: int) -> int:
+    """The longest sequence that is served, in tokens. Raises ModelError."""
+    asked, fitting = config.max_model_len, num_pages * config.block_size
     if asked is None:
-        return context_length
+        # Half of the pool at most: a sequence shares it with its adapter.
+        return min(context_length, fitting // 2)
     if not 1 < asked <= context_length:
         raise ModelError(
             f"max_model_len {asked} is not within the model's context window of "
             f"{context_length} tokens."
+        )
+    if asked > fitting:
+        raise ModelError(
+            f"max_model_len {asked} is more than the {fitting} tokens that the pool holds: "
+            "give it more memory, or ask for less."
         )
     return asked

@@ -63,6 +63,9 @@ class Engine:
         # Set whenever there may be something to do: a command, or an adapter that was loaded.
         self._wake = wake
         self._stopping = False
+        # Guards the end: after it no command is taken that nobody would carry out.
+        self._closing = threading.Lock()
+        self._closed = False
         self._sequences: dict[str, Sequence] = {}
         self._texts: dict[Sequence, Detokenizer] = {}
         self._thread = threading.Thread(target=self._loop, name="polydelta-engine", daemon=True)
@@ -84,9 +87,8 @@ class Engine:
     def submit(self, request: GenerationRequest, on_output: OutputHandler) -> None:
         """Thread-safe. Raises EngineDeadError; what is wrong with one request comes back as its
         output, with FinishReason.ERROR."""
-        if not self.alive:
+        if not self._command(lambda: self._add(Sequence(request, on_output))):
             raise EngineDeadError("The engine is not running.")
-        self._command(lambda: self._add(Sequence(request, on_output)))
 
     def abort(self, request_id: str) -> None:
         """Thread-safe. Drops a request, without a last output; its pages are free at once."""
@@ -96,9 +98,14 @@ class Engine:
         """Thread-safe: as of the end of the last step."""
         return self._recorder.snapshot
 
-    def _command(self, command: Command) -> None:
-        self._commands.put(command)
+    def _command(self, command: Command) -> bool:
+        """Whether the loop will carry the command out."""
+        with self._closing:
+            if self._closed or not self._thread.is_alive():
+                return False
+            self._commands.put(command)
         self._wake.set()
+        return True
 
     def _loop(self) -> None:
         try:
@@ -193,6 +200,8 @@ class Engine:
 
     def _end_all(self, reason: FinishReason, error: str | None = None) -> None:
         self._stopping = True
+        with self._closing:
+            self._closed = True
         self._take_commands()
         for sequence in list(self._sequences.values()):
             self._finish(sequence, reason, error)

@@ -1,7 +1,7 @@
 """One real server for all end-to-end tests: `polydelta serve`, its own process, the default model.
 
-The pool holds about a third of what a full batch would like, so that requests must share it:
-`test_e2e_load.py` asserts that something was preempted or evicted.
+The pool is small, so that requests must share it: `test_e2e_load.py` asserts that something was
+preempted or evicted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from polydelta.server.settings import packaged_samples
 
 OPTIONS = (
-    *("--dtype", "float32", "--pool", "48MiB", "--max-model-len", "512"),
+    *("--dtype", "float32", "--pool", "40MiB", "--max-model-len", "512"),
     *("--max-batch-tokens", "128", "--max-batch-size", "16"),
 )
 # Seconds to load the model on a busy machine.

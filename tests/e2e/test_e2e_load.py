@@ -58,7 +58,6 @@ def test_32_clients_over_all_adapters_get_what_they_would_get_alone(server, ques
 
     assert asyncio.run(together()) == asyncio.run(alone())
     after = settled()
-    print({k: v for k, v in after.items() if "evict" in k or "preempt" in k or "pool" in k})
     # Or the pool was too large for the test to say anything about sharing it.
     assert after["vllm:num_preemptions_total"] + after["polydelta_adapter_evictions_total"] > 0
     assert after["polydelta_pool_pages{kv}"] == 0
@@ -127,7 +126,6 @@ def test_clients_that_hang_up_leave_nothing_behind(server, questions, base, metr
     # All 64 choices were cut off by the abort, none ran to its end, and tokens had been made.
     aborted = after["finished{abort}"] - before.get("finished{abort}", 0)
     generated = after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"]
-    print("aborted", aborted, "generated", generated)
     assert aborted == CLIENTS * 2
     assert generated >= CLIENTS / 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from polydelta.engine.detokenizer import Detokenizer, TextStep
 from polydelta.engine.models.tokenizer import Tokenizer
@@ -102,9 +102,7 @@ def test_a_held_back_start_is_handed_out_when_the_answer_ends(tokenizer: Tokeniz
     assert got.end == (FinishReason.STOP, None)
 
 
-@settings(
-    deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(deadline=None, max_examples=200)
 @given(
     pieces=st.lists(st.text("ab c\n\N{GRINNING FACE}\u00e9", min_size=1, max_size=6), max_size=12),
     stops=st.lists(

@@ -100,9 +100,7 @@ def test_requests_enter_in_the_order_of_arrival(world: Worlds) -> None:
     w.step()
     assert list(w.scheduler.waiting) == [large, small]
     w.drain()
-    assert w.finished[0] is running
-    assert w.finished.index(large) < len(w.finished)
-    assert w.finished.count(small) == 1
+    assert w.finished == [running, large, small]
 
 
 def test_out_of_pages_the_youngest_is_preempted(world: Worlds) -> None:
@@ -130,6 +128,34 @@ def test_preemption_gives_back_the_budget_of_its_victim(world: Worlds) -> None:
     assert old.num_computed == 13
     w.drain()
     assert w.finished == [old, young]
+
+
+def test_a_preempted_sequence_gives_back_its_share_of_the_step_at_hand(world: Worlds) -> None:
+    w = world(num_pages=4, block_size=4, max_batch_tokens=6)
+    short = w.submit(range(3), max_tokens=9)
+    w.step()
+    long = w.submit(range(20, 32), max_tokens=3)
+    w.step()
+    # As if another policy had let the long one in first: it still prefills, after the decode.
+    w.scheduler.running.reverse()
+    assert shares(w.step()) == {long: 5}
+    assert list(w.scheduler.waiting) == [short]
+    w.drain()
+    assert w.finished == [long, short]
+
+
+def test_pages_of_the_idle_adapter_that_a_request_needs_are_no_room_for_its_kv(
+    world: Worlds,
+) -> None:
+    w = world(num_pages=6, block_size=4, adapters={"a": 3})
+    w.submit([1], "a")
+    w.drain()
+    running = w.submit(range(8), max_tokens=4)
+    w.step()
+    waiting = w.submit(range(20, 31), "a", max_tokens=1)
+    assert w.pool.num_available >= w.kv.pages_for(waiting.num_tokens)
+    assert shares(w.step()) == {running: 1}
+    assert list(w.scheduler.waiting) == [waiting]
 
 
 def test_the_preempted_enter_again_before_those_who_never_ran(world: Worlds) -> None:
