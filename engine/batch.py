@@ -1,8 +1,8 @@
-"""One step's tensors, from the schedule: flat tokens, their places in the pool, and whose they are."""
+"""One step's tensors, from the schedule: flat tokens, their places in the pool, and their owners."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -79,8 +79,7 @@ def _adapter_name(item: ScheduledSequence) -> str:
 def _adapter_rows(ordered: Sequence[ScheduledSequence]) -> list[AdapterRows]:
     rows: list[AdapterRows] = []
     start = 0
-    key: Callable[[ScheduledSequence], AdapterRef | None] = lambda item: item.sequence.adapter
-    for adapter, items in groupby(ordered, key):
+    for adapter, items in groupby(ordered, lambda item: item.sequence.adapter):
         stop = start + sum(item.num_tokens for item in items)
         if adapter is not None:
             rows.append(AdapterRows(start, stop, adapter))

@@ -32,9 +32,7 @@ def no_report(stage: str, done: int, total: int) -> None:
     """For those who show no progress."""
 
 
-def build_engine(
-    model: str | None, config: EngineConfig, report: Report = no_report
-) -> Engine:
+def build_engine(model: str | None, config: EngineConfig, report: Report = no_report) -> Engine:
     """model: None for the default, a path or a hub id. Raises ModelError."""
     report("Opening the model", 0, 1)
     checkpoint = open_checkpoint(model)

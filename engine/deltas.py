@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -125,12 +126,10 @@ class StepDeltas:
 def wrap_decoder(decoder: Decoder, deltas: StepDeltas) -> None:
     """Puts the deltas of each step on top of every linear layer of the decoder's blocks."""
     for layer, block in enumerate(decoder.layers):
-        block.wrap_linears(
-            lambda index, linear, layer=layer: _with_deltas(linear, deltas, layer, index)
-        )
+        block.wrap_linears(partial(_with_deltas, deltas, layer))
 
 
-def _with_deltas(linear: Linear, deltas: StepDeltas, layer: int, index: int) -> Linear:
+def _with_deltas(deltas: StepDeltas, layer: int, index: int, linear: Linear) -> Linear:
     def wrapped(x: Tensor) -> Tensor:
         y = linear(x)
         for segment in deltas.segments:

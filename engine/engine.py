@@ -151,17 +151,24 @@ class Engine:
             command()
 
     def _add(self, sequence: Sequence) -> None:
-        if sequence.num_prompt_tokens + 1 > self.max_model_len:
+        if problem := self._problem(sequence):
             self._recorder.finished(FinishReason.ERROR)
-            problem = (
-                f"The prompt has {sequence.num_prompt_tokens} tokens, but the context window is "
-                f"{self.max_model_len} tokens and an answer needs at least one of them."
-            )
             _deliver(sequence, _last_output(sequence, FinishReason.ERROR, problem))
             return
         self._sequences[sequence.id] = sequence
         self._texts[sequence] = Detokenizer(self.tokenizer, self._bounded(sequence))
         self._scheduler.add(sequence)
+
+    def _problem(self, sequence: Sequence) -> str | None:
+        """What is wrong with the prompt; None when it can be served."""
+        if not sequence.num_prompt_tokens:
+            return "The prompt has no tokens; an answer needs at least one to follow."
+        if sequence.num_prompt_tokens < self.max_model_len:
+            return None
+        return (
+            f"The prompt has {sequence.num_prompt_tokens} tokens, but the context window is "
+            f"{self.max_model_len} tokens and an answer needs at least one of them."
+        )
 
     def _bounded(self, sequence: Sequence) -> SamplingParams:
         """Sampling parameters with `max_tokens` cut to the context window."""

@@ -1,15 +1,15 @@
-"""A request as the engine sees it, and what the engine says of it step by step. Imports no torch."""
+"""A request as the engine sees it, and what it says of it step by step. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from polydelta.adapters_store.catalog import AdapterRef
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a request ended, in OpenAI's words where it has them."""
 
     STOP = "stop"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from polydelta.adapters_store.catalog import AdapterRef
 from polydelta.engine.eviction import CostModel
@@ -43,46 +43,47 @@ class HostAdapter(Protocol):
     def nbytes(self) -> int: ...
 
 
-class HostTier(Protocol):
+# An adapter in host RAM, and in the pool, ready for the kernels: only the runner looks inside.
+Packed = TypeVar("Packed", bound=HostAdapter)
+Bound = TypeVar("Bound")
+
+
+class HostTier(Protocol[Packed]):
     """Where packed adapters come from; loads happen on its own threads."""
 
-    def load(self, ref: AdapterRef) -> Future[HostAdapter]: ...
-
-
-class BoundAdapter(Protocol):
-    """An adapter in the pool, ready for the kernels. Only the runner looks inside."""
+    def load(self, ref: AdapterRef) -> Future[Packed]: ...
 
 
 # Copies a packed adapter into pages of the pool.
-Binder = Callable[[HostAdapter, Sequence[int]], BoundAdapter]
+Binder = Callable[[Packed, Sequence[int]], Bound]
 
 
 @dataclass
-class _Entry:
+class _Entry(Generic[Packed, Bound]):
     state: ResidencyState = ResidencyState.ON_DISK
-    loading: Future[HostAdapter] | None = None
+    loading: Future[Packed] | None = None
     # Kept from the end of the load until it is in the pool.
-    packed: HostAdapter | None = None
+    packed: Packed | None = None
     error: str | None = None
     # Known once it was loaded.
     digest: str = ""
     nbytes: int = 0
     pages: list[int] = field(default_factory=list)
-    bound: BoundAdapter | None = None
+    bound: Bound | None = None
     # Sequences that run with it; idle when 0.
     users: int = 0
     uses: int = 0
 
 
-class Residency:
+class Residency(Generic[Packed, Bound]):
     """Adapters in the pool. Ask (`state`, `pages_to_acquire`), then `acquire`: it cannot fail."""
 
     def __init__(
         self,
         pool: PagePool,
         page_bytes: int,
-        host: HostTier,
-        bind: Binder,
+        host: HostTier[Packed],
+        bind: Binder[Packed, Bound],
         costs: CostModel,
         on_loaded: Callable[[], None],
     ) -> None:
@@ -93,7 +94,7 @@ class Residency:
         self._costs = costs
         # Called on a loader's thread when a load ends, so that the engine looks again.
         self._on_loaded = on_loaded
-        self._entries: dict[AdapterRef, _Entry] = {}
+        self._entries: dict[AdapterRef, _Entry[Packed, Bound]] = {}
         self.num_loads = 0
         self.num_evictions = 0
 
@@ -145,7 +146,7 @@ class Residency:
             raise ValueError(f"adapter {ref.name} is {entry.state.value}: its size is not known")
         return max(1, -(-entry.packed.bytes_per_layer // self._page_bytes))
 
-    def acquire(self, ref: AdapterRef) -> BoundAdapter:
+    def acquire(self, ref: AdapterRef) -> Bound:
         """Makes the adapter resident, for one more sequence."""
         entry = self._entries[ref]
         if entry.state is ResidencyState.ON_HOST:
@@ -156,7 +157,7 @@ class Residency:
         entry.uses += 1
         return self.bound(ref)
 
-    def bound(self, ref: AdapterRef) -> BoundAdapter:
+    def bound(self, ref: AdapterRef) -> Bound:
         """A resident adapter, for the runner."""
         bound = self._entries[ref].bound
         if bound is None:
@@ -181,7 +182,7 @@ class Residency:
     def num_idle_pages(self) -> int:
         return sum(len(e.pages) for e in self._entries.values() if not e.users)
 
-    def _finish_load(self, entry: _Entry, loading: Future[HostAdapter]) -> None:
+    def _finish_load(self, entry: _Entry[Packed, Bound], loading: Future[Packed]) -> None:
         entry.loading = None
         if loading.cancelled():
             entry.state, entry.error = ResidencyState.FAILED, "its load was cancelled"
@@ -193,7 +194,7 @@ class Residency:
         entry.digest, entry.nbytes = entry.packed.digest, entry.packed.nbytes
         entry.state = ResidencyState.ON_HOST
 
-    def _load_to_pool(self, ref: AdapterRef, entry: _Entry) -> None:
+    def _load_to_pool(self, ref: AdapterRef, entry: _Entry[Packed, Bound]) -> None:
         packed = entry.packed
         if packed is None:
             raise ValueError(f"adapter {ref.name} is {entry.state.value}, not on the host")

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 from polydelta.adapters_store.catalog import AdapterRef
 from polydelta.engine.kv_cache import BASE_NAMESPACE, KVCache
 from polydelta.engine.pool import PagePool
-from polydelta.engine.residency import BoundAdapter, Residency, ResidencyState
+from polydelta.engine.residency import Residency, ResidencyState
 from polydelta.engine.sequence import SampledToken, Schedule, ScheduledSequence, Sequence
 
 
@@ -40,7 +41,7 @@ class Scheduler:
     """Owns the waiting and the running; pages and adapters are its managers'."""
 
     def __init__(
-        self, limits: SchedulerLimits, pool: PagePool, kv: KVCache, residency: Residency
+        self, limits: SchedulerLimits, pool: PagePool, kv: KVCache, residency: Residency[Any, Any]
     ) -> None:
         self._limits = limits
         self._pool = pool
@@ -97,7 +98,7 @@ class Scheduler:
             if token is not None:
                 sequence.token_ids.append(token.token_id)
 
-    def bound_adapter(self, ref: AdapterRef) -> BoundAdapter:
+    def bound_adapter(self, ref: AdapterRef) -> Any:
         """The resident adapter of a scheduled sequence."""
         return self._residency.bound(ref)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.kv_cache import KVCache
@@ -57,7 +58,9 @@ class EngineStats:
 class StatsRecorder:
     """Counts on the engine's thread; `snapshot` may be read from any."""
 
-    def __init__(self, pool: PagePool, kv: KVCache, residency: Residency, costs: CostModel) -> None:
+    def __init__(
+        self, pool: PagePool, kv: KVCache, residency: Residency[Any, Any], costs: CostModel
+    ) -> None:
         self._pool = pool
         self._kv = kv
         self._residency = residency

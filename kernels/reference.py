@@ -50,7 +50,10 @@ class ReferenceKernels:
         kv[pages, 1, places] = values
 
     def plan_attention(
-        self, shape: AttentionShape, sequences: Sequence[SequenceSlice], dtype: torch.dtype
+        self,
+        shape: AttentionShape,
+        sequences: Sequence[SequenceSlice],
+        dtype: torch.dtype,  # noqa: ARG002 - it computes in float32 whatever the cache holds
     ) -> ReferencePlan:
         return ReferencePlan(shape, sequences)
 

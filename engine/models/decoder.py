@@ -64,9 +64,7 @@ class Decoder:
         self.layers = [
             DecoderLayer(config, layer, weights, kernels) for layer in range(config.num_layers)
         ]
-        self.norm = RMSNorm(
-            "model.norm", config.hidden_size, config.rms_norm_eps, weights, kernels
-        )
+        self.norm = RMSNorm("model.norm", config.hidden_size, config.rms_norm_eps, weights, kernels)
         head = (
             self.embedding
             if config.tie_embeddings

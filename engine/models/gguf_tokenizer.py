@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from polydelta.engine.models.errors import ModelError
 from polydelta.engine.models.gguf_file import GgufFile
@@ -54,14 +54,17 @@ _PRE_TOKENIZERS: Mapping[str, Callable[[], PreTokenizer]] = {
 }
 
 
-def load_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
+def load_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     """Raises ModelError when the file holds no tokenizer."""
     if file.field("tokenizer.ggml.tokens") is None:
         raise ModelError(f"{file.path.name} holds no tokenizer (tokenizer.ggml.tokens).")
     pre = str(file.field("tokenizer.ggml.pre", ""))
     if file.field("tokenizer.ggml.model") == "gpt2" and pre in _PRE_TOKENIZERS:
         return _byte_level_bpe(file, _PRE_TOKENIZERS[pre]())
-    return AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        file.path.parent, gguf_file=file.path.name
+    )
+    return tokenizer
 
 
 def _byte_level_bpe(file: GgufFile, pre_tokenizer: PreTokenizer) -> PreTrainedTokenizerFast:

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from polydelta.engine.models.config import FAMILIES, ModelConfig, from_hf, token_ids
 from polydelta.engine.models.errors import ModelError
@@ -37,12 +37,13 @@ class HfFolder:
             raise ModelError(f"Tensor {name!r} cannot be read: {damage}") from None
         return tensor
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            return AutoTokenizer.from_pretrained(self.path)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError) as problem:
             reason = str(problem).splitlines()[0]
             raise ModelError(f"{self.path.name} has no tokenizer to read: {reason}") from None
+        return tokenizer
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """Of the generation config where there is one, else of the config."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from polydelta.engine.models.errors import ModelError
 
@@ -15,8 +15,8 @@ from polydelta.engine.models.errors import ModelError
 class Tokenizer:
     """The model's own tokenizer and chat template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, eos_token_ids: Sequence[int]) -> None:
-        if not tokenizer.is_fast:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ModelError("The model has no fast tokenizer (tokenizer.json); one is needed.")
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
@@ -46,7 +46,7 @@ class Tokenizer:
             raise ValueError("The model has no chat template; use /v1/completions instead.")
         try:
             text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
             )
         except TemplateError as refusal:
             raise ValueError(f"The model's chat template refused the messages: {refusal}") from None

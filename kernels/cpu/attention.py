@@ -29,6 +29,9 @@ class DecodeGroup:
     pages: Tensor
     # [sequences, 1, 1, blocks * block_size]: 0 where seen, -inf elsewhere.
     mask: Tensor
+    # [places] int64: of all gathered places, those after a sequence's last token. They are zeroed:
+    # an adapter may have left there what reads as NaN, which no mask stops.
+    empty: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,17 +91,19 @@ def _decode_group(
     size, window = shape.block_size, shape.window
     # Pages wholly before the window are not read at all.
     firsts = [0 if window is None else max(0, s.context - window) // size for s in group]
-    pages = [list(s.pages[first : -(-s.context // size)]) for s, first in zip(group, firsts)]
+    pages = [
+        list(s.pages[first : -(-s.context // size)]) for s, first in zip(group, firsts, strict=True)
+    ]
     blocks = max(map(len, pages))
     table = torch.tensor([p + [0] * (blocks - len(p)) for p in pages])
     contexts = torch.tensor([s.context for s in group])[:, None]
     positions = torch.tensor(firsts)[:, None] * size + torch.arange(blocks * size)
-    hidden = positions >= contexts
-    if window is not None:
-        hidden |= positions < contexts - window
+    after = positions >= contexts
+    hidden = after if window is None else after | (positions < contexts - window)
     mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
     rows = torch.tensor([s.start for s in group])
-    return DecodeGroup(rows, table.flatten(), mask[:, None, None])
+    empty = after.flatten().nonzero().flatten()
+    return DecodeGroup(rows, table.flatten(), mask[:, None, None], empty)
 
 
 def _prefill_chunk(
@@ -116,10 +121,11 @@ def _prefill_chunk(
 
 def _decode(shape: AttentionShape, group: DecodeGroup, queries: Tensor, kv: Tensor) -> Tensor:
     count, heads = len(group.rows), shape.num_kv_heads
-    keys, values = (
-        kv[:, side].index_select(0, group.pages).view(count, -1, heads, shape.head_dim)
+    gathered = (
+        kv[:, side].index_select(0, group.pages).flatten(0, 1).index_fill_(0, group.empty, 0.0)
         for side in (0, 1)
     )
+    keys, values = (side.view(count, -1, heads, shape.head_dim) for side in gathered)
     grouped = queries.index_select(0, group.rows).view(count, heads, -1, shape.head_dim)
     mixed = F.scaled_dot_product_attention(
         grouped,

@@ -27,7 +27,7 @@ def add_low_rank(y: Tensor, x: Tensor, weights: LowRankWeights) -> None:
 
 def _add_widened(y: Tensor, x: Tensor, weights: LowRankWeights) -> None:
     wide = weights.storage.float()
-    base = weights.storage.storage_offset()
+    base = int(weights.storage.storage_offset())
     shrunk = torch.mm(x.float(), _like(weights.a, wide, base).t())
     for block in weights.blocks:
         rank, out_features = block.b_t.shape

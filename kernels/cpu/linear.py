@@ -24,6 +24,7 @@ def packed_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def linear(x: Tensor) -> Tensor:
-        return multiply(x, packed, bias, "none", [], "")
+        y: Tensor = multiply(x, packed, bias, "none", [], "")
+        return y
 
     return linear

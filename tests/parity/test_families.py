@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -15,7 +17,6 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from transformers import AutoModelForCausalLM as Auto
 
 SIZES: dict[str, Any] = {
     "vocab_size": 101,
@@ -74,7 +75,9 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 @pytest.fixture(params=FAMILIES, ids=lambda name: name.replace(" ", "-"))
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     torch.manual_seed(7)
-    model = Auto.from_config(FAMILIES[request.param], attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(
+        FAMILIES[request.param], attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Fresh norms are ones and fresh biases zeros: neither would show a mistake.
@@ -104,9 +107,7 @@ def test_chunked_prefill_gives_the_logits_of_transformers(
 ) -> None:
     tokens, decoder = some_tokens(61, seed=2), paged(model)
     cuts = [0, 5, 24, 25, 40, 61]
-    chunks = [
-        decoder.feed((0, tokens[a:b]))[0] for a, b in zip(cuts, cuts[1:], strict=False)
-    ]
+    chunks = [decoder.feed((0, tokens[a:b]))[0] for a, b in itertools.pairwise(cuts)]
     torch.testing.assert_close(torch.cat(chunks), expected(model, tokens), atol=1e-4, rtol=0)
 
 

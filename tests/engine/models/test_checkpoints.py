@@ -40,7 +40,7 @@ def load(checkpoint: Checkpoint) -> Decoder:
 
 
 def write_gguf(path: Path, model: LlamaForCausalLM, kind: gguf.GGMLQuantizationType) -> None:
-    """The model as llama.cpp's converter writes it: q and k rows interleaved, matrices in `kind`."""
+    """As llama.cpp's converter writes it: q and k rows interleaved, matrices in `kind`."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -219,7 +219,7 @@ def test_a_folder_without_a_config_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_nothing_says_what_a_model_can_be() -> None:
-    with pytest.raises(ModelError, match="a folder with config.json"):
+    with pytest.raises(ModelError, match=r"a folder with config\.json"):
         open_checkpoint("no-such-thing")
 
 
