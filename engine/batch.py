@@ -1,4 +1,4 @@
-"""One step's tensors, from the schedule: flat tokens, their places in the pool, and their owners."""
+"""One step's tensors, from the schedule: flat tokens, where their KV goes, and whose they are."""
 
 from __future__ import annotations
 

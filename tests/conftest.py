@@ -75,7 +75,9 @@ def run_requests(
 
 
 @contextmanager
-def running_engine(checkpoint: Checkpoint, **options: Any) -> Iterator[Engine]:
+def running_engine(
+    checkpoint: Checkpoint, ends_alive: bool = True, **options: Any
+) -> Iterator[Engine]:
     """A started float32 engine that balances its books whenever it goes idle."""
     options = {"dtype": "float32", "pool_bytes": 64 << 20, "check_integrity": True} | options
     engine = assemble(checkpoint, EngineConfig(**options), kernels_for(torch.device("cpu")))
@@ -83,7 +85,7 @@ def running_engine(checkpoint: Checkpoint, **options: Any) -> Iterator[Engine]:
     try:
         yield engine
     finally:
-        assert engine.alive, "the engine's loop died during the test"
+        assert engine.alive == ends_alive, "the engine's loop died during the test"
         engine.shutdown()
 
 
