@@ -60,7 +60,7 @@ RECIPES = {
     "unit-convert": Recipe(
         "rsLoRA",
         lambda: peft.LoraConfig(r=8, lora_alpha=8, use_rslora=True, target_modules=ATTENTION),
-        2e-3, 300,
+        2e-3, 120,
     ),
     "ticket-label": Recipe(
         "SHiRA",
