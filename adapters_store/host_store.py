@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import torch
 
@@ -31,7 +31,11 @@ class HostStore:
         self._loading: dict[AdapterRef, Future[PackedAdapter]] = {}
         self._kept: OrderedDict[AdapterRef, PackedAdapter] = OrderedDict()
         self._lock = threading.Lock()
-        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="adapter-load")
+        # Each load has a thread that ends with it, and waits for one of so many turns. One that
+        # stayed would keep its OpenMP team, and slow down everybody else's (see engine/build.py).
+        self._threads: set[threading.Thread] = set()
+        self._turns = threading.Semaphore(workers)
+        self._closed = False
 
     def load(self, ref: AdapterRef) -> Future[PackedAdapter]:
         """Never waits. All who ask for the same version while it loads share one load.
@@ -40,6 +44,8 @@ class HostStore:
         be cancelled, because others may wait for it too. Raises RuntimeError after `close`.
         """
         with self._lock:
+            if self._closed:
+                raise RuntimeError("The adapter store is closed.")
             if ref in self._loading:
                 return self._loading[ref]
             future: Future[PackedAdapter] = Future()
@@ -48,31 +54,40 @@ class HostStore:
                 self._kept.move_to_end(ref)
                 future.set_result(self._kept[ref])
             else:
-                self._workers.submit(self._load, ref, future)
+                thread = threading.Thread(
+                    target=self._load, args=(ref, future), name="adapter-load", daemon=True
+                )
+                self._threads.add(thread)
                 self._loading[ref] = future
+                thread.start()
             return future
 
     def close(self) -> None:
         """Waits for loads that have begun; those that have not fail."""
-        self._workers.shutdown(cancel_futures=True)
         with self._lock:
-            not_begun = list(self._loading.values())
-            self._loading.clear()
+            self._closed = True
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join()
+        with self._lock:
             self._kept.clear()
             self._kept_bytes = 0
-        for future in not_begun:
-            future.set_exception(RuntimeError("The adapter store was closed."))
 
     def _load(self, ref: AdapterRef, future: Future[PackedAdapter]) -> None:
         try:
-            packed = pack(read_adapter(ref, self._layout), self._layout, self._dtype)
+            with self._turns:
+                if self._closed:
+                    raise RuntimeError("The adapter store was closed.")
+                packed = pack(read_adapter(ref, self._layout), self._layout, self._dtype)
         except BaseException as error:
             with self._lock:
                 del self._loading[ref]
+                self._threads.remove(threading.current_thread())
             future.set_exception(error)
             return
         with self._lock:
             del self._loading[ref]
+            self._threads.remove(threading.current_thread())
             self._keep(ref, packed)
         # Outside the lock: this runs the callbacks of those who wait, and they may call `load`.
         future.set_result(packed)

@@ -27,7 +27,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from benchmarks.machine import describe_machine
 from polydelta.adapters_store.catalog import AdapterCatalog
@@ -89,7 +89,11 @@ def make_points() -> list[Point]:
 def load_reference() -> PreTrainedModel:
     path = default_model()
     return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.bfloat16
+        path.parent,
+        gguf_file=path.name,
+        dtype=torch.bfloat16,
+        # Without it transformers multiplies with packed 4-bit weights, slowly.
+        quantization_config=GgufConfig(dequantize=True),
     ).eval()
 
 

@@ -12,7 +12,7 @@ import pytest
 from polydelta.adapters_store.catalog import AdapterRef
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.pool import PagePool
-from polydelta.engine.residency import BoundAdapter, HostAdapter, Residency, ResidencyState
+from polydelta.engine.residency import HostAdapter, Residency, ResidencyState
 
 PAGE_BYTES = 10
 ONE, TWO = (AdapterRef(name, 1, Path("unused")) for name in ("one", "two"))
@@ -50,7 +50,7 @@ class Setting:
         assert self.residency.state(ref) is ResidencyState.ON_HOST
         self.residency.acquire(ref)
 
-    def _bind(self, packed: HostAdapter, pages: Seq[int]) -> BoundAdapter:
+    def _bind(self, packed: HostAdapter, pages: Seq[int]) -> object:
         self.bound.append(list(pages))
         return object()
 
