@@ -6,7 +6,7 @@ computes the base product for all rows at once and then adds each adapter's delt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,15 +22,13 @@ from polydelta.adapters_store.packing import (
 )
 from polydelta.engine.models.decoder import Decoder
 from polydelta.kernels.ops import (
+    AddDelta,
     Kernels,
     Linear,
     LowRankBlock,
     LowRankWeights,
     SparseWeights,
 )
-
-# add(y, x): y += dW x, in place; y: [rows, out], x: [rows, in]
-AddDelta = Callable[[Tensor, Tensor], None]
 
 
 class PoolAdapter:
@@ -89,22 +87,18 @@ class PoolAdapter:
             )
             for block in delta.blocks
         )
-        # A comes first and the blocks follow it: together they are one piece of memory.
-        last = delta.blocks[-1].b_t
-        end = last.offset + last.shape[0] * last.row_stride * self._dtype.itemsize
-        memory = data[delta.a.offset : end].view(self._dtype)
-        weights = LowRankWeights(matrix_view(data, delta.a, self._dtype), blocks, memory)
-        add_low_rank = self._kernels.add_low_rank
-        return lambda y, x: add_low_rank(y, x, weights)
+        return self._kernels.low_rank(
+            LowRankWeights(matrix_view(data, delta.a, self._dtype), blocks)
+        )
 
     def _sparse(self, delta: PackedSparse, data: Tensor) -> AddDelta:
-        weights = SparseWeights(
-            vector_view(data, delta.row_pointers),
-            vector_view(data, delta.columns),
-            vector_view(data, delta.values),
+        return self._kernels.sparse(
+            SparseWeights(
+                vector_view(data, delta.row_pointers),
+                vector_view(data, delta.columns),
+                vector_view(data, delta.values),
+            )
         )
-        add_sparse = self._kernels.add_sparse
-        return lambda y, x: add_sparse(y, x, weights)
 
 
 @dataclass(frozen=True, eq=False)

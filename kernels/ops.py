@@ -15,6 +15,8 @@ from torch import Tensor
 
 # x: [tokens, in] -> [tokens, out]
 Linear = Callable[[Tensor], Tensor]
+# add(y, x): y += dW x, in place; y: [tokens, out], x: [tokens, in]
+AddDelta = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,6 @@ class LowRankWeights:
     # [sum of ranks, in]
     a: Tensor
     blocks: tuple[LowRankBlock, ...]
-    # [elements]: the memory that `a` and all `b_t` are views of.
-    storage: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +110,11 @@ class Kernels(Protocol):
         """Causal attention over paged KV: queries `[tokens, heads, head_dim]` -> the same shape.
         kv as in `store_kv`, with this step's keys and values already stored."""
 
-    def add_low_rank(self, y: Tensor, x: Tensor, weights: LowRankWeights) -> None:
-        """y `[tokens, out]` += `x @ A.T @ B.T` in place; x: `[tokens, in]`."""
+    def low_rank(self, weights: LowRankWeights) -> AddDelta:
+        """`y += x @ A.T @ B.T`, prepared once for the weights where they lie."""
 
-    def add_sparse(self, y: Tensor, x: Tensor, weights: SparseWeights) -> None:
-        """y `[tokens, out]` += `x @ dW.T` in place; x: `[tokens, in]`."""
+    def sparse(self, weights: SparseWeights) -> AddDelta:
+        """`y += x @ dW.T`, prepared once for the weights where they lie."""
 
 
 def kernels_for(device: torch.device) -> Kernels:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from polydelta.kernels.ops import (
+    AddDelta,
     AttentionShape,
     Linear,
     LowRankWeights,
@@ -74,17 +75,24 @@ class ReferenceKernels:
             out[rows] = mixed.transpose(0, 1).to(out.dtype)
         return out
 
-    def add_low_rank(self, y: Tensor, x: Tensor, weights: LowRankWeights) -> None:
-        shrunk = x @ weights.a.T
-        for block in weights.blocks:
-            rank, out_features = block.b_t.shape
-            columns = slice(block.out_start, block.out_start + out_features)
-            y[:, columns] += shrunk[:, block.rank_start : block.rank_start + rank] @ block.b_t
+    def low_rank(self, weights: LowRankWeights) -> AddDelta:
+        def add(y: Tensor, x: Tensor) -> None:
+            shrunk = x @ weights.a.T
+            for block in weights.blocks:
+                rank, out_features = block.b_t.shape
+                columns = slice(block.out_start, block.out_start + out_features)
+                ranks = slice(block.rank_start, block.rank_start + rank)
+                y[:, columns] += shrunk[:, ranks] @ block.b_t
 
-    def add_sparse(self, y: Tensor, x: Tensor, weights: SparseWeights) -> None:
-        counts = weights.row_pointers.diff().long()
-        rows = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)
-        y.index_add_(1, rows, x[:, weights.columns.long()] * weights.values)
+        return add
+
+    def sparse(self, weights: SparseWeights) -> AddDelta:
+        def add(y: Tensor, x: Tensor) -> None:
+            counts = weights.row_pointers.diff().long()
+            rows = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)
+            y.index_add_(1, rows, x[:, weights.columns.long()] * weights.values)
+
+        return add
 
 
 def visible(sequence: SequenceSlice, window: int | None, device: torch.device) -> Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polydelta.kernels.cpu import attention, deltas
+from polydelta.kernels.cpu import attention, deltas, native
 from polydelta.kernels.cpu.linear import packed_linear
 from polydelta.kernels.ops import (
+    AddDelta,
     AttentionShape,
     Linear,
     LowRankWeights,
@@ -20,7 +22,11 @@ from polydelta.kernels.ops import (
 
 
 class CpuKernels:
-    """oneDNN products on packed weights, torch's flash attention over gathered pages."""
+    """oneDNN products on packed weights, torch's flash attention over gathered pages, and a kernel
+    of our own for small deltas where there is a C compiler. For one thread at a time."""
+
+    def __init__(self) -> None:
+        self._native = native.load()
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return packed_linear(weight, bias)
@@ -53,8 +59,8 @@ class CpuKernels:
     def attention(self, plan: attention.AttentionPlan, queries: Tensor, kv: Tensor) -> Tensor:
         return attention.attend(plan, queries, kv)
 
-    def add_low_rank(self, y: Tensor, x: Tensor, weights: LowRankWeights) -> None:
-        deltas.add_low_rank(y, x, weights)
+    def low_rank(self, weights: LowRankWeights) -> AddDelta:
+        return deltas.low_rank(weights, self._native)
 
-    def add_sparse(self, y: Tensor, x: Tensor, weights: SparseWeights) -> None:
-        deltas.add_sparse(y, x, weights)
+    def sparse(self, weights: SparseWeights) -> AddDelta:
+        return partial(deltas.add_sparse, weights)

@@ -99,14 +99,12 @@ def test_low_rank_equals_the_merged_weight(near: Near) -> None:
     """Two blocks side by side, of ranks 3 and 12, with a gap of outputs that none adds to."""
     x, y = torch.randn(5, 16), torch.randn(5, 20)
     a, b_t = torch.randn(15, 16), [torch.randn(3, 8), torch.randn(12, 6)]
-    weights = LowRankWeights(
-        a, (LowRankBlock(0, 0, b_t[0]), LowRankBlock(11, 3, b_t[1])), torch.empty(0)
-    )
+    weights = LowRankWeights(a, (LowRankBlock(0, 0, b_t[0]), LowRankBlock(11, 3, b_t[1])))
     delta = torch.zeros(20, 16, dtype=torch.float64)
     delta[0:8] = b_t[0].double().T @ a[:3].double()
     delta[11:17] = b_t[1].double().T @ a[3:].double()
     expected = y.double() + x.double() @ delta.T
-    REFERENCE.add_low_rank(y, x, weights)
+    REFERENCE.low_rank(weights)(y, x)
     near(y, expected, torch.float32)
 
 
@@ -117,7 +115,7 @@ def test_sparse_equals_the_dense_weight(near: Near) -> None:
     csr = delta.to_sparse_csr()
     weights = SparseWeights(csr.crow_indices().int(), csr.col_indices().int(), csr.values())
     expected = y.double() + x.double() @ delta.double().T
-    REFERENCE.add_sparse(y, x, weights)
+    REFERENCE.sparse(weights)(y, x)
     near(y, expected, torch.float32)
 
 

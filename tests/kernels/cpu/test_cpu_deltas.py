@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from polydelta.kernels.cpu import deltas
 from polydelta.kernels.cpu.kernels import CpuKernels
 from polydelta.kernels.ops import LowRankBlock, LowRankWeights, SparseWeights
 from polydelta.kernels.reference import ReferenceKernels
@@ -16,7 +17,7 @@ Near = Callable[[Tensor, Tensor, torch.dtype], None]
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # Around the number of rows where a bfloat16 delta changes its way of computing.
-ROWS = pytest.mark.parametrize("rows", [1, 2, 8, 9, 31])
+ROWS = pytest.mark.parametrize("rows", [1, 2, 9, 16, 17, 31])
 IN, OUT = 45, 70
 
 
@@ -42,20 +43,23 @@ def low_rank(
         LowRankBlock(out_start, rank_start, view)
         for (out_start, _, rank_start, _), view in zip(blocks, views[1:], strict=True)
     ]
-    return LowRankWeights(views[0], tuple(made), memory[begin:])
+    return LowRankWeights(views[0], tuple(made))
 
 
 def widened(weights: LowRankWeights) -> LowRankWeights:
     """The same numbers in float64."""
     blocks = tuple(LowRankBlock(b.out_start, b.rank_start, b.b_t.double()) for b in weights.blocks)
-    return LowRankWeights(weights.a.double(), blocks, torch.empty(0))
+    return LowRankWeights(weights.a.double(), blocks)
 
 
 def check_low_rank(near: Near, y: Tensor, x: Tensor, weights: LowRankWeights) -> None:
     expected = y.double()
-    ReferenceKernels().add_low_rank(expected, x.double(), widened(weights))
-    CpuKernels().add_low_rank(y, x, weights)
+    ReferenceKernels().low_rank(widened(weights))(expected, x.double())
+    without_compiler = y.clone()
+    CpuKernels().low_rank(weights)(y, x)
     near(y, expected, y.dtype)
+    deltas.low_rank(weights, None)(without_compiler, x)
+    near(without_compiler, expected, y.dtype)
 
 
 @DTYPES
@@ -114,9 +118,9 @@ def test_a_wrong_row_would_be_noticed(near: Near, dtype: torch.dtype) -> None:
     weights = low_rank(dtype, [(0, OUT, 0, 3)], 3)
     y, x = torch.randn(9, OUT).to(dtype), torch.randn(9, IN).to(dtype)
     expected = y.double()
-    ReferenceKernels().add_low_rank(expected, x.double(), widened(weights))
+    ReferenceKernels().low_rank(widened(weights))(expected, x.double())
     expected[4] = expected[5]
-    CpuKernels().add_low_rank(y, x, weights)
+    CpuKernels().low_rank(weights)(y, x)
     with pytest.raises(AssertionError, match=r"rows \[4\]"):
         near(y, expected, dtype)
 
@@ -130,8 +134,8 @@ def sparse(dtype: torch.dtype, dense: Tensor) -> SparseWeights:
 def check_sparse(near: Near, y: Tensor, x: Tensor, weights: SparseWeights) -> None:
     expected = y.double()
     wide = SparseWeights(weights.row_pointers, weights.columns, weights.values.double())
-    ReferenceKernels().add_sparse(expected, x.double(), wide)
-    CpuKernels().add_sparse(y, x, weights)
+    ReferenceKernels().sparse(wide)(expected, x.double())
+    CpuKernels().sparse(weights)(y, x)
     near(y, expected, y.dtype)
 
 
@@ -152,7 +156,7 @@ def test_sparse_agrees_with_the_reference(
 def test_a_sparse_delta_without_entries_changes_nothing(dtype: torch.dtype, rows: int) -> None:
     y, x = torch.randn(rows, OUT).to(dtype), torch.randn(rows, IN).to(dtype)
     before = y.clone()
-    CpuKernels().add_sparse(y, x, sparse(dtype, torch.zeros(OUT, IN)))
+    CpuKernels().sparse(sparse(dtype, torch.zeros(OUT, IN)))(y, x)
     assert torch.equal(y, before)
 
 
