@@ -3,20 +3,23 @@
     python -m benchmarks.vs_peft
 
 A batch of 16 prompts of 128 random tokens, 64 new tokens each, greedy, bfloat16, on the bare model
-and with 1, 8 and 16 distinct adapters of rank 8 to 64 on all linear layers. Rounds alternate
-between the two, so that a machine that drifts drifts for both; the ratio is of medians. The
-engine's prefix cache is off: repeated prompts would flatter it.
+and with 1, 8 and 16 distinct adapters of rank 8 to 64 on all linear layers. Each side has a process
+of its own and they take turns, so that a machine that drifts drifts for both; the ratio is of
+medians. The engine's prefix cache is off: repeated prompts would flatter it.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +36,6 @@ from benchmarks.machine import describe_machine
 from polydelta.adapters_store.catalog import AdapterCatalog
 from polydelta.engine.build import build_engine
 from polydelta.engine.config import EngineConfig
-from polydelta.engine.engine import Engine
 from polydelta.engine.models.checkpoint import default_model
 from polydelta.engine.request import GenerationRequest, RequestOutput, SamplingParams
 
@@ -115,77 +117,127 @@ def write_adapters(folder: Path) -> list[str]:
     return names
 
 
-def load_peft(folder: Path, names: Sequence[str]) -> PeftModel:
-    model = PeftModel.from_pretrained(load_reference(), folder / names[0], adapter_name=names[0])
-    for name in names[1:]:
-        model.load_adapter(folder / name, adapter_name=name)
-    return model.eval()
+class PeftSide:
+    """PEFT's mixed-batch generation; without adapters the bare transformers model."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.bare = load_reference()
+        self.mixed: Any = PeftModel.from_pretrained(
+            load_reference(), folder / names[0], adapter_name=names[0]
+        )
+        for name in names[1:]:
+            self.mixed.load_adapter(folder / name, adapter_name=name)
+        self.mixed.eval()
+
+    @torch.inference_mode()
+    def run(self, prompts: list[list[int]], names: Sequence[str | None]) -> list[list[int]]:
+        """New tokens of each prompt."""
+        model: Any = self.mixed if any(names) else self.bare
+        mixed = {"adapter_names": list(names)} if any(names) else {}
+        ids = torch.tensor(prompts)
+        tokens = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            pad_token_id=0,
+            **mixed,
+        )
+        return tokens[:, ids.shape[1] :].tolist()
 
 
-@torch.inference_mode()
-def run_peft(model: Any, prompts: torch.Tensor, names: Sequence[str | None]) -> torch.Tensor:
-    """`[batch, new tokens]`"""
-    mixed = {"adapter_names": [name or "__base__" for name in names]} if any(names) else {}
-    tokens = model.generate(
-        input_ids=prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=False,
-        min_new_tokens=NEW_TOKENS,
-        max_new_tokens=NEW_TOKENS,
-        pad_token_id=0,
-        **mixed,
-    )
-    return tokens[:, prompts.shape[1] :]
+class EngineSide:
+    """The engine, requests submitted all at once."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:  # noqa: ARG002
+        config = EngineConfig(dtype="bfloat16", prefix_caching=False, max_batch_tokens=2048)
+        self.engine = build_engine(None, config)
+        self.engine.start()
+        self.catalog = AdapterCatalog([folder])
+
+    def run(self, prompts: list[list[int]], names: Sequence[str | None]) -> list[list[int]]:
+        """New tokens of each prompt."""
+        params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+        tokens: list[list[int]] = [[] for _ in names]
+        finished = threading.Semaphore(0)
+
+        def collect(row: int, output: RequestOutput) -> None:
+            tokens[row] += output.token_ids
+            if output.finished:
+                finished.release()
+
+        for row, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+            adapter = self.catalog.resolve(name) if name else None
+            request = GenerationRequest(f"{row}", prompt, params, adapter)
+            self.engine.submit(request, partial(collect, row))
+        for _ in names:
+            finished.acquire()
+        return tokens
 
 
-def run_engine(
-    engine: Engine, catalog: AdapterCatalog, prompts: torch.Tensor, names: Sequence[str | None]
-) -> torch.Tensor:
-    """`[batch, new tokens]`"""
-    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
-    tokens: list[list[int]] = [[] for _ in names]
-    left = threading.Semaphore(0)
+def serve_side(
+    side: Callable[[Path, Sequence[str]], PeftSide | EngineSide],
+    folder: Path,
+    names: Sequence[str],
+    pipe: Connection,
+) -> None:
+    """A process of its own for each side: two OpenMP teams in one process slow each other down."""
+    runner = side(folder, names)
+    pipe.send("ready")
+    while (work := pipe.recv()) is not None:
+        began = time.perf_counter()
+        tokens = runner.run(*work)
+        pipe.send((time.perf_counter() - began, tokens))
 
-    def collect(row: int, output: RequestOutput) -> None:
-        tokens[row] += output.token_ids
-        if output.finished:
-            left.release()
 
-    for row, name in enumerate(names):
-        adapter = catalog.resolve(name) if name else None
-        request = GenerationRequest(f"{row}", prompts[row].tolist(), params, adapter)
-        engine.submit(request, lambda output, row=row: collect(row, output))
-    for _ in names:
-        left.acquire()
-    return torch.tensor(tokens)
+class Side:
+    """A side's process, seen from here."""
+
+    def __init__(
+        self,
+        side: Callable[[Path, Sequence[str]], PeftSide | EngineSide],
+        folder: Path,
+        names: Sequence[str],
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=serve_side, args=(side, folder, names, theirs), daemon=True
+        )
+        self._process.start()
+        self._pipe.recv()
+
+    def run(
+        self, prompts: list[list[int]], names: Sequence[str | None]
+    ) -> tuple[float, list[list[int]]]:
+        """Seconds, and the new tokens of each prompt."""
+        self._pipe.send((prompts, names))
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
 
 
 def measure(points: Sequence[Point], rounds: int, folder: Path) -> None:
     names = write_adapters(folder)
-    config = EngineConfig(dtype="bfloat16", prefix_caching=False, max_batch_tokens=2048)
-    engine = build_engine(None, config)
-    engine.start()
-    catalog = AdapterCatalog([folder])
-    bare, mixed = load_reference(), load_peft(folder, names)
-    prompts = torch.randint(100, 40000, (BATCH, PROMPT_TOKENS))
+    peft_side, engine_side = Side(PeftSide, folder, names), Side(EngineSide, folder, names)
+    prompts = torch.randint(100, 40000, (BATCH, PROMPT_TOKENS)).tolist()
     with Progress() as progress:
         task = progress.add_task("Measuring", total=len(points) * (rounds + 1))
         for point in points:
-            wanted = point.names(names)
-            model = mixed if point.adapters else bare
             for number in range(rounds + 1):
-                began = time.perf_counter()
-                theirs = run_peft(model, prompts, wanted)
-                between = time.perf_counter()
-                ours = run_engine(engine, catalog, prompts, wanted)
-                ended = time.perf_counter()
+                seconds, theirs = peft_side.run(prompts, point.names(names))
+                our_seconds, ours = engine_side.run(prompts, point.names(names))
                 if number:  # the first round warms both up
-                    point.peft_seconds.append(between - began)
-                    point.engine_seconds.append(ended - between)
+                    point.peft_seconds.append(seconds)
+                    point.engine_seconds.append(our_seconds)
                 progress.advance(task)
-            same = (ours[:, 0] == theirs[:, 0]).float().mean()
-            point.first_token_agreement = round(float(same), 3)
-    engine.shutdown()
+            same = [mine[0] == other[0] for mine, other in zip(ours, theirs, strict=True)]
+            point.first_token_agreement = sum(same) / len(same)
+    peft_side.close()
+    engine_side.close()
 
 
 def report(points: Sequence[Point], console: Console) -> None:

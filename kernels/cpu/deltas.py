@@ -9,7 +9,7 @@ from torch import Tensor
 from polydelta.kernels.cpu.native import NativeLibrary, NativeLowRank
 from polydelta.kernels.ops import AddDelta, LowRankWeights, SparseWeights
 
-# Up to so many rows, a bfloat16 delta goes to our own kernel. On a 2-core Zen 5, for q, k and v of a
+# Up to so many rows, a bfloat16 delta goes to our own kernel. On a 2-core Zen 5, for q, k, v of a
 # 576-wide model, torch against ours: rank 8 and 1 row 39 -> 3 us, rank 32 and 2 rows 65 -> 11 us,
 # rank 64 and 16 rows 109 -> 105 us. (float32 has none: its small products cost torch 3 us each.)
 NATIVE_ROWS = 16
