@@ -147,6 +147,21 @@ def test_the_list_looks_into_folders_only_as_they_are_asked_for(tmp_path: Path) 
     assert list(refs) == []
 
 
+def test_among_ten_thousand_folders_neither_start_nor_look_up_lists_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(10_000):
+        (tmp_path / f"adapter-{number}").mkdir()
+    make(tmp_path, "wanted")
+
+    def refuse(path: object) -> None:
+        raise AssertionError("the folders were listed")
+
+    monkeypatch.setattr("os.scandir", refuse)
+    monkeypatch.setattr("os.listdir", refuse)
+    assert AdapterCatalog([tmp_path]).resolve("wanted").version == 1
+
+
 def test_folders_that_appear_later_are_found_without_a_restart(tmp_path: Path) -> None:
     catalog = AdapterCatalog([tmp_path])
     make(tmp_path, "late")
