@@ -21,7 +21,17 @@ from torch import Tensor
 
 from polydelta.kernels.ops import LowRankWeights
 
-_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-shared", "-fPIC")
+# Sums may be taken in any order, or no loop of them becomes vectors. Not -ffast-math: a library that
+# is linked with it switches subnormal numbers off in the whole process when it is loaded.
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fassociative-math",
+    "-fno-signed-zeros",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
 
 
 class _Block(ctypes.Structure):

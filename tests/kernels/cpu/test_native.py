@@ -78,3 +78,10 @@ def test_infinities_and_nans_stay_what_they_are() -> None:
     assert y[0, :2].tolist() == [math.inf, math.inf]
     assert y[0, 3].item() == math.inf
     assert y[0, [2, 4]].isnan().all()
+
+
+@needs_compiler
+def test_loading_it_leaves_the_arithmetic_of_the_process_as_it_was() -> None:
+    assert native.load() is not None
+    smallest = 5e-324
+    assert smallest * 3 / 3 == smallest > 0
