@@ -21,8 +21,8 @@ from torch import Tensor
 
 from polydelta.kernels.ops import LowRankWeights
 
-# Sums may be taken in any order, or no loop of them becomes vectors. Not -ffast-math: a library that
-# is linked with it switches subnormal numbers off in the whole process when it is loaded.
+# Sums may be taken in any order, or no loop of them becomes vectors. Not -ffast-math: a library
+# linked with it switches subnormal numbers off in the whole process when it is loaded.
 _FLAGS = (
     "-O3",
     "-march=native",
