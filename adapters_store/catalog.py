@@ -46,18 +46,12 @@ class AdapterRef:
     id: str
     version: int
     path: Path = field(compare=False)
+    # What the files looked like when the version was named; other files are not this version.
+    signature: Signature | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
         return f"{self.id}@{self.version}"
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """The newest version of an adapter, and what its files looked like."""
-
-    ref: AdapterRef
-    signature: Signature
 
 
 class AdapterCatalog:
@@ -78,7 +72,8 @@ class AdapterCatalog:
                     f"adapters folder {str(root)!r} is not there: create it, or name another one."
                 )
         self._roots = tuple(roots)
-        self._seen: dict[str, _Seen] = {}
+        # The newest version of each adapter that was asked for.
+        self._seen: dict[str, AdapterRef] = {}
         self._lock = threading.Lock()
 
     def resolve(self, name: str) -> AdapterRef:
@@ -124,8 +119,8 @@ class AdapterCatalog:
 
     def _version(self, adapter_id: str, path: Path, found: Signature) -> AdapterRef:
         seen = self._seen.get(adapter_id)
-        if seen is None or seen.ref.path != path or seen.signature != found:
-            version = 1 if seen is None else seen.ref.version + 1
-            seen = _Seen(AdapterRef(adapter_id, version, path), found)
+        if seen is None or seen.path != path or seen.signature != found:
+            version = 1 if seen is None else seen.version + 1
+            seen = AdapterRef(adapter_id, version, path, found)
             self._seen[adapter_id] = seen
-        return seen.ref
+        return seen

@@ -80,6 +80,7 @@ def assemble(
         runner,
         StatsRecorder(pool, kv, residency, costs),
         wake,
+        host.close,
         config.check_integrity,
     )
 
@@ -103,9 +104,9 @@ def _max_model_len(config: EngineConfig, context_length: int, num_pages: int) ->
             f"max_model_len {asked} is not within the model's context window of "
             f"{context_length} tokens."
         )
-    if asked > fitting:
+    if asked >= fitting:
         raise ModelError(
-            f"max_model_len {asked} is more than the {fitting} tokens that the pool holds: "
+            f"max_model_len {asked} leaves no room in a pool of {fitting} tokens: "
             "give it more memory, or ask for less."
         )
     return asked

@@ -20,7 +20,6 @@ from polydelta.engine.request import (
     GenerationRequest,
     OutputHandler,
     RequestOutput,
-    SamplingParams,
 )
 from polydelta.engine.runner import Runner
 from polydelta.engine.scheduler import Scheduler
@@ -49,8 +48,10 @@ class Engine:
         runner: Runner,
         recorder: StatsRecorder,
         wake: threading.Event,
+        close: Callable[[], None],
         check_integrity: bool = False,
     ) -> None:
+        """close: called when the loop has ended, to let go of what loads adapters."""
         self.model_id = model_id
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
@@ -58,6 +59,7 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._recorder = recorder
+        self._close = close
         self._check_integrity = check_integrity
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         # Set whenever there may be something to do: a command, or an adapter that was loaded.
@@ -87,7 +89,8 @@ class Engine:
     def submit(self, request: GenerationRequest, on_output: OutputHandler) -> None:
         """Thread-safe. Raises EngineDeadError; what is wrong with one request comes back as its
         output, with FinishReason.ERROR."""
-        if not self._command(lambda: self._add(Sequence(request, on_output))):
+        sequence = Sequence(self._bounded(request), on_output)
+        if not self._command(lambda: self._add(sequence)):
             raise EngineDeadError("The engine is not running.")
 
     def abort(self, request_id: str) -> None:
@@ -121,6 +124,7 @@ class Engine:
             self._end_all(FinishReason.ABORT)
         finally:
             self._stopping = True
+            self._close()
 
     def _step(self) -> bool:
         """One step; False when there was nothing to run."""
@@ -156,7 +160,7 @@ class Engine:
             _deliver(sequence, _last_output(sequence, FinishReason.ERROR, problem))
             return
         self._sequences[sequence.id] = sequence
-        self._texts[sequence] = Detokenizer(self.tokenizer, self._bounded(sequence))
+        self._texts[sequence] = Detokenizer(self.tokenizer, sequence.request.sampling)
         self._scheduler.add(sequence)
 
     def _problem(self, sequence: Sequence) -> str | None:
@@ -170,18 +174,18 @@ class Engine:
             f"{self.max_model_len} tokens and an answer needs at least one of them."
         )
 
-    def _bounded(self, sequence: Sequence) -> SamplingParams:
-        """Sampling parameters with `max_tokens` cut to the context window."""
-        params = sequence.request.sampling
-        room = self.max_model_len - sequence.num_prompt_tokens
-        return replace(params, max_tokens=min(params.max_tokens, room))
+    def _bounded(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with `max_tokens` cut to the context window."""
+        params = request.sampling
+        room = max(1, self.max_model_len - len(request.prompt_token_ids))
+        bounded = replace(params, max_tokens=min(params.max_tokens, room))
+        return replace(request, sampling=bounded)
 
     def _abort(self, request_id: str) -> None:
         if sequence := self._sequences.get(request_id):
             self._scheduler.remove(sequence)
             self._forget(sequence)
             self._recorder.finished(FinishReason.ABORT)
-            self._recorder.refresh(self._scheduler)
 
     def _hand_out(self, schedule: Schedule, tokens: list[SampledToken | None]) -> None:
         for scheduled, token in zip(schedule, tokens, strict=True):
@@ -209,7 +213,10 @@ class Engine:
         self._stopping = True
         with self._closing:
             self._closed = True
-        self._take_commands()
+        try:
+            self._take_commands()
+        except Exception:  # after a failed step nothing is certain, but everybody gets an answer
+            logger.exception("a command failed while the engine was ending")
         for sequence in list(self._sequences.values()):
             self._finish(sequence, reason, error)
 

@@ -10,6 +10,7 @@ This class alone moves an adapter from one state to another, on the engine's thr
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -18,8 +19,11 @@ from enum import Enum
 from typing import Generic, Protocol, TypeVar
 
 from polydelta.adapters_store.catalog import AdapterRef
+from polydelta.adapters_store.errors import AdapterError
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.pool import PagePool
+
+logger = logging.getLogger(__name__)
 
 
 class ResidencyState(Enum):
@@ -188,7 +192,7 @@ class Residency(Generic[Packed, Bound]):
             entry.state, entry.error = ResidencyState.FAILED, "its load was cancelled"
             return
         if (error := loading.exception()) is not None:
-            entry.state, entry.error = ResidencyState.FAILED, str(error)
+            entry.state, entry.error = ResidencyState.FAILED, _reason(error)
             return
         entry.packed = loading.result()
         entry.digest, entry.nbytes = entry.packed.digest, entry.packed.nbytes
@@ -209,3 +213,11 @@ class Residency(Generic[Packed, Bound]):
     def _forget(self, ref: AdapterRef) -> None:
         del self._entries[ref]
         self.num_evictions += 1
+
+
+def _reason(error: BaseException) -> str:
+    """What a client may read of a failed load."""
+    if isinstance(error, AdapterError):
+        return str(error)
+    logger.error("an adapter could not be loaded", exc_info=error)
+    return "it could not be loaded; see the server's log"

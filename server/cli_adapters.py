@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COLUMNS = ("id", "format", "kinds", "ranks", "size", "modules")
 
 adapters = typer.Typer(
-    help="Look at adapters on disk; no model is needed.",
+    help="Look at adapters on disk.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -33,7 +33,9 @@ def list_adapters(
         typer.Argument(help="Folders of adapters; without any, those that `serve` would take."),
     ] = None,
 ) -> None:
-    """List the adapters in folders: kind, rank, size, and whether they can be served.
+    """List the adapters in folders: kind, rank, size, and what would refuse them.
+
+    Reads configs and headers only; `inspect` checks numbers, and shapes against a base model.
 
     [bold]Examples[/bold]
 
@@ -46,7 +48,7 @@ def list_adapters(
     from polydelta.adapters_store.inspection import inspect
 
     settings = load_settings(adapters=folders)
-    table = Table(*COLUMNS, "can be served")
+    table = Table(*COLUMNS, "sound, as far as its headers tell")
     for ref in AdapterCatalog(settings.adapters).list():
         summary = inspect(ref.path)
         table.add_row(*_cells(summary), _verdict(summary))
@@ -56,8 +58,17 @@ def list_adapters(
 @adapters.command("inspect")
 def inspect_adapter(
     path: Annotated[Path, typer.Argument(help="One adapter's folder.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model to check it against; without it, the one that `serve` would take.",
+            metavar="PATH|HUB_ID",
+        ),
+    ] = None,
 ) -> None:
     """Show one adapter: kind, rank, modules, bytes, digest, and what would refuse it.
+
+    Reads it whole and checks it against a base model, as `serve` does when it is first asked for.
 
     Leaves with code 1 when the adapter cannot be served.
 
@@ -66,15 +77,18 @@ def inspect_adapter(
     [cyan]polydelta adapters inspect ./adapters/my-adapter[/cyan]
     """
     from polydelta.adapters_store.inspection import inspect
+    from polydelta.engine.models.checkpoint import open_checkpoint
+    from polydelta.engine.models.decoder import base_layout
 
-    summary = inspect(path)
+    base = open_checkpoint(load_settings(model=model).model)
+    summary = inspect(path, base_layout(base.config, base.id))
     facts = Table.grid(padding=(0, 2))
     for name, cell in zip(COLUMNS, _cells(summary), strict=True):
         facts.add_row(name, cell)
     for name, count in summary.modules_by_name.items():
         facts.add_row("", f"{escape(name)}: {count}")
     facts.add_row("digest", summary.digest)
-    facts.add_row("can be served", _verdict(summary))
+    facts.add_row(f"can be served by {escape(base.id)}", _verdict(summary))
     Console().print(facts)
     if summary.problem:
         raise typer.Exit(1)

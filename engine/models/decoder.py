@@ -65,11 +65,11 @@ class Decoder:
             DecoderLayer(config, layer, weights, kernels) for layer in range(config.num_layers)
         ]
         self.norm = RMSNorm("model.norm", config.hidden_size, config.rms_norm_eps, weights, kernels)
-        head = (
-            self.embedding
-            if config.tie_embeddings
-            else weights.take("lm_head.weight", embedding_shape)
-        )
+        if config.tie_embeddings:
+            weights.leave("lm_head.weight")  # some checkpoints store the tied copy too
+            head = self.embedding
+        else:
+            head = weights.take("lm_head.weight", embedding_shape)
         self.lm_head = kernels.linear(head, None)
         self.cos, self.sin = rope_tables(config.rope, config.head_dim, max_positions, dtype)
         weights.finish()

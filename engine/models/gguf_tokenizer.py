@@ -58,6 +58,13 @@ def load_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     """Raises ModelError when the file holds no tokenizer."""
     if file.field("tokenizer.ggml.tokens") is None:
         raise ModelError(f"{file.path.name} holds no tokenizer (tokenizer.ggml.tokens).")
+    try:
+        return _build(file)
+    except Exception as problem:  # whatever damaged metadata runs into, in two libraries
+        raise ModelError(f"The tokenizer of {file.path.name} cannot be read: {problem}") from None
+
+
+def _build(file: GgufFile) -> PreTrainedTokenizerBase:
     pre = str(file.field("tokenizer.ggml.pre", ""))
     if file.field("tokenizer.ggml.model") == "gpt2" and pre in _PRE_TOKENIZERS:
         return _byte_level_bpe(file, _PRE_TOKENIZERS[pre]())

@@ -40,8 +40,8 @@ class HfFolder:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError) as problem:
-            reason = str(problem).splitlines()[0]
+        except Exception as problem:  # the tokenizers library raises plain exceptions
+            reason = (str(problem) or type(problem).__name__).splitlines()[0]
             raise ModelError(f"{self.path.name} has no tokenizer to read: {reason}") from None
         return tokenizer
 
@@ -62,8 +62,14 @@ class HfFolder:
             )
         if raw.get("model_type") not in FAMILIES:
             return from_hf(raw)  # raises, naming the families that are served
-        # transformers fills in what older config files leave to defaults.
-        return from_hf(AutoConfig.from_pretrained(self.path).to_dict())
+        try:
+            # transformers fills in what older config files leave to defaults.
+            return from_hf(AutoConfig.from_pretrained(self.path).to_dict())
+        except ModelError:
+            raise
+        except Exception as problem:  # a value of the wrong type fails wherever it is first used
+            reason = (str(problem) or type(problem).__name__).splitlines()[0]
+            raise ModelError(f"config.json of {self.path.name} cannot be read: {reason}") from None
 
     def _json(self, name: str) -> dict[str, Any]:
         try:

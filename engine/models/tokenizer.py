@@ -79,11 +79,16 @@ class TokenStream:
 
     def __init__(self, backend: Any, skip_special_tokens: bool) -> None:
         self._backend = backend
+        self._skip_special_tokens = skip_special_tokens
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is incomplete."""
-        return self._stream.step(self._backend, token_id) or ""
+        try:
+            return self._stream.step(self._backend, token_id) or ""
+        except Exception:  # the library's own, and plain: bytes that never become a character
+            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+            return self._stream.step(self._backend, token_id) or ""
 
 
 def _byte_level_alphabet() -> dict[str, int]:

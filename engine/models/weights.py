@@ -46,6 +46,10 @@ class Weights:
         self._report(self._total - len(self._unused), self._total)
         return tensor.to(self._dtype)
 
+    def leave(self, name: str) -> None:
+        """The tensor may be there, and is not needed."""
+        self._unused.discard(name)
+
     def finish(self) -> None:
         """Raises ModelError if the checkpoint holds weights that the decoder did not use."""
         left = sorted(name for name in self._unused if not name.endswith("rotary_emb.inv_freq"))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -90,13 +91,17 @@ def _parse_prompts(value: object) -> tuple[str | tuple[int, ...], ...]:
     return tuple(_parse_prompt(prompt) for prompt in prompts)
 
 
+def _whole_characters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is half of a surrogate pair") from None
+    return text
+
+
 def _parse_prompt(value: object) -> str | tuple[int, ...]:
     if isinstance(value, str) and value:
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"character {error.start} is half of a surrogate pair") from None
-        return value
+        return _whole_characters(value)
     if isinstance(value, list) and value:
         for token in value:
             if type(token) is not int:
@@ -191,8 +196,12 @@ def _join_parts(value: object) -> object:
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_join_parts, json_schema_input_type=str | list[Any])]
-    name: str | None = None
+    content: Annotated[
+        str,
+        BeforeValidator(_join_parts, json_schema_input_type=str | list[Any]),
+        AfterValidator(_whole_characters),
+    ]
+    name: Annotated[str, AfterValidator(_whole_characters)] | None = None
 
     def for_template(self) -> dict[str, str]:
         """As chat templates want it; they know OpenAI's newer `developer` as `system`."""

@@ -152,13 +152,28 @@ def test_a_failed_load_says_why_and_the_next_one_tries_again(
 ) -> None:
     gate.opened.set()
     folder = adapter_files.lora("one")
-    store, ref = open_store(), catalog.resolve("one")
+    # A ref that names no files is of whatever files there are when it is loaded.
+    store, ref = open_store(), AdapterRef("one", 1, folder)
     weights = (folder / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").write_bytes(weights[:-1])
     with pytest.raises(InvalidAdapterError, match=r"not a complete safetensors file"):
         store.load(ref).result(TIMEOUT)
     (folder / "adapter_model.safetensors").write_bytes(weights)
     assert store.load(ref).result(TIMEOUT).id == "one"
+
+
+def test_files_that_changed_since_a_version_was_named_are_not_served_as_it(
+    open_store: Open, catalog: AdapterCatalog, adapter_files: Any, gate: Gate
+) -> None:
+    gate.opened.set()
+    folder = adapter_files.lora("one")
+    old = catalog.resolve("one")
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    with pytest.raises(InvalidAdapterError, match=r"'one@1' have changed since it was asked for"):
+        open_store().load(old).result(TIMEOUT)
+    assert open_store().load(catalog.resolve("one")).result(TIMEOUT).version == 2
 
 
 def test_an_adapter_that_is_deleted_before_it_is_read_fails_by_name_of_the_file(

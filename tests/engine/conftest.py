@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from polydelta.adapters_store.catalog import AdapterRef
+from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.kv_cache import BASE_NAMESPACE, KVCache
 from polydelta.engine.models.checkpoint import Checkpoint
@@ -70,7 +71,7 @@ class FakeHost:
 
     def fail(self, adapter_id: str | None, error: str) -> None:
         for _, future in self._take(adapter_id):
-            future.set_exception(RuntimeError(error))
+            future.set_exception(InvalidAdapterError(error))
 
     def _take(self, adapter_id: str | None) -> list[tuple[AdapterRef, Future[HostAdapter]]]:
         taken = [load for load in self.pending if adapter_id in (None, load[0].id)]

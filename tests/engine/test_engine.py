@@ -202,7 +202,7 @@ def test_a_window_that_the_pool_cannot_hold_is_refused_with_both_numbers(
 ) -> None:
     # 10 pages of 16 tokens.
     with (
-        pytest.raises(ModelError, match="512 is more than the 160 tokens that the pool holds"),
+        pytest.raises(ModelError, match="512 leaves no room in a pool of 160 tokens"),
         serve(tiny_checkpoint, pool_bytes=10 * 3 * 2560, max_model_len=512),
     ):
         pass

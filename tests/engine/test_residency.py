@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from polydelta.adapters_store.catalog import AdapterRef
+from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.pool import PagePool
 from polydelta.engine.residency import HostAdapter, Residency, ResidencyState
@@ -166,7 +167,7 @@ def test_a_new_adapter_takes_the_room_of_an_idle_one() -> None:
 def test_a_failure_is_told_once_and_then_forgotten() -> None:
     setting = Setting()
     setting.residency.prefetch(ONE)
-    setting.loads[0].set_exception(ValueError("rank 0 is no rank"))
+    setting.loads[0].set_exception(InvalidAdapterError("rank 0 is no rank"))
     assert setting.residency.state(ONE) is ResidencyState.FAILED
     setting.residency.prefetch(ONE)
     assert len(setting.loads) == 1
@@ -228,3 +229,14 @@ def test_versions_of_one_adapter_are_strangers() -> None:
     assert setting.residency.state(AdapterRef("one", 2, Path("unused"))) is ResidencyState.ON_DISK
     same = AdapterRef("one", 1, Path("elsewhere"))
     assert setting.residency.state(same) is ResidencyState.RESIDENT
+
+
+def test_a_loader_that_breaks_is_logged_and_its_words_stay_inside(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    setting = Setting()
+    setting.residency.prefetch(ONE)
+    setting.loads[0].set_exception(KeyError("/some/path"))
+    assert setting.residency.state(ONE) is ResidencyState.FAILED
+    assert setting.residency.take_error(ONE) == "it could not be loaded; see the server's log"
+    assert "/some/path" in caplog.text

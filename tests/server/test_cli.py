@@ -32,10 +32,10 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def adapters(tmp_path):
-    """A folder with one good LoRA and one whose config is broken."""
-    good, bad = tmp_path / "good-one", tmp_path / "bad-one"
-    good.mkdir()
-    bad.mkdir()
+    """A folder with one good LoRA, one of another base model, and one whose config is broken."""
+    good, other, bad = (tmp_path / name for name in ("good-one", "other-base", "bad-one"))
+    for folder in (good, other, bad):
+        folder.mkdir()
     config = {
         "peft_type": "LORA",
         "r": 2,
@@ -43,13 +43,14 @@ def adapters(tmp_path):
         "target_modules": ["q_proj"],
         "task_type": "CAUSAL_LM",
     }
-    (good / CONFIG_FILE).write_text(json.dumps(config))
     module = "base_model.model.model.layers.0.self_attn.q_proj"
-    weights = {
-        f"{module}.lora_A.weight": torch.ones(2, 8),
-        f"{module}.lora_B.weight": torch.ones(8, 2),
-    }
-    save_file(weights, good / WEIGHTS_FILE)
+    for folder, size in ((good, 576), (other, 8)):
+        (folder / CONFIG_FILE).write_text(json.dumps(config))
+        weights = {
+            f"{module}.lora_A.weight": torch.ones(2, size),
+            f"{module}.lora_B.weight": torch.ones(size, 2),
+        }
+        save_file(weights, folder / WEIGHTS_FILE)
     (bad / CONFIG_FILE).write_text("{")
     return tmp_path
 
@@ -129,6 +130,13 @@ def test_adapters_inspect_shows_the_facts(run, adapters):
     assert code == 0
     for fact in ("good-one", "LORA", "LowRank", "q_proj", "yes"):
         assert fact in out
+
+
+def test_adapters_inspect_checks_against_the_base_model(run, adapters):
+    code, out, _ = run("adapters", "inspect", str(adapters / "other-base"))
+    assert code == 1
+    assert "can be served by SmolLM2-135M-Instruct" in out
+    assert "no:" in out
 
 
 def test_adapters_inspect_of_a_bad_one_is_code_1_and_says_why(run, adapters):

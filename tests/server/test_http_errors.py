@@ -47,6 +47,18 @@ def test_half_a_surrogate_pair_is_400(client):
         error_of(answer)
 
 
+def test_half_a_surrogate_pair_in_a_message_is_400(client):
+    for message in (
+        '{"role": "user", "content": "\\ud800"}',
+        '{"role": "user", "content": [{"type": "text", "text": "a\\udc00"}]}',
+        '{"role": "user", "content": "a", "name": "\\ud800"}',
+    ):
+        body = '{"model": "fake-base", "messages": [' + message + "]}"
+        answer = client.post("/v1/chat/completions", content=body, headers=JSON)
+        assert answer.status_code == 400
+        assert "messages" in error_of(answer)["param"]
+
+
 def test_nan_is_400(client):
     body = '{"model": "fake-base", "prompt": "a", "temperature": NaN}'
     answer = client.post("/v1/completions", content=body, headers=JSON)

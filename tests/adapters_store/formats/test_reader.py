@@ -120,4 +120,4 @@ def test_files_that_change_while_they_are_read_are_not_mixed(
         return (path / WEIGHTS).read_bytes()
 
     monkeypatch.setattr(reader, "read_weights_bytes", replaced_before)
-    assert "changed while they were read" in refusal(adapter_files, folder)
+    assert "have changed since it was asked for" in refusal(adapter_files, folder)

@@ -197,6 +197,43 @@ def test_a_tensor_that_nobody_uses_is_refused(folder: Path) -> None:
         load(open_checkpoint(str(folder)))
 
 
+def test_a_tied_head_that_is_stored_all_the_same_does_no_harm(
+    folder: Path, tiny_model: LlamaForCausalLM
+) -> None:
+    head = tiny_model.lm_head.weight.detach().clone()
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    load(open_checkpoint(str(folder)))
+
+
+def test_a_config_with_a_value_of_the_wrong_type_is_one_clear_error(folder: Path) -> None:
+    change_config(folder, num_hidden_layers="abc")
+    with pytest.raises(ModelError, match=r"config\.json of tiny-llama cannot be read"):
+        open_checkpoint(str(folder))
+
+
+def test_a_damaged_tokenizer_is_one_clear_error(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"model": 5}')
+    with pytest.raises(ModelError, match="tiny-llama has no tokenizer to read"):
+        open_checkpoint(str(folder))
+
+
+def test_a_gguf_tokenizer_without_merges_is_one_clear_error(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for key, value in {
+        "block_count": 1, "context_length": 8, "embedding_length": 8,
+        "feed_forward_length": 8, "attention.head_count": 2,
+    }.items():  # fmt: skip
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("token_embd.weight", np.zeros((2, 8), np.float32))
+    finish(writer)
+    with pytest.raises(ModelError, match=r"The tokenizer of m\.gguf cannot be read"):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+
+
 def test_a_damaged_safetensors_file_is_one_clear_error(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
