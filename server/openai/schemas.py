@@ -164,10 +164,24 @@ class GenerationFields(Body):
 class CompletionRequest(GenerationFields):
     """`POST /v1/completions`."""
 
+    # Checked after `n`: the two multiply.
     prompt: Prompts
     # How many alternatives to report for each token.
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
+
+    @field_validator("prompt")
+    @classmethod
+    def not_too_many_choices(
+        cls, value: tuple[str | tuple[int, ...], ...], info: ValidationInfo
+    ) -> tuple[str | tuple[int, ...], ...]:
+        choices = len(value) * int(info.data.get("n") or 1)
+        if choices > MAX_PROMPTS:
+            raise ValueError(
+                f"{len(value)} prompts with n={info.data['n']} are {choices} choices; one request "
+                f"has at most {MAX_PROMPTS}"
+            )
+        return value
 
     @field_validator("echo")
     @classmethod

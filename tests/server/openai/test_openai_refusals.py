@@ -230,6 +230,12 @@ def test_a_dead_engine_is_503(refusal, engine):
             assert (status, error["type"]) == (503, "ServiceUnavailableError")
 
 
+def test_prompts_and_choices_multiply_and_their_product_is_bounded(refusal):
+    _, error = refusal(COMPLETIONS, prompt=["a"] * 9, n=128)
+    assert error["param"] == "prompt"
+    assert "9 prompts with n=128 are 1152 choices" in error["message"]
+
+
 def test_long_values_are_cut_in_messages(refusal):
     _, error = refusal(COMPLETIONS, temperature="x" * 10_000)
     assert len(error["message"]) < 300
