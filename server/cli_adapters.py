@@ -48,7 +48,7 @@ def list_adapters(
     from polydelta.adapters_store.inspection import inspect
 
     settings = load_settings(adapters=folders)
-    table = Table(*COLUMNS, "sound, as far as its headers tell")
+    table = Table(*COLUMNS, "looks sound")
     for ref in AdapterCatalog(settings.adapters).list():
         summary = inspect(ref.path)
         table.add_row(*_cells(summary), _verdict(summary))
