@@ -15,7 +15,8 @@ from openai import AsyncOpenAI
 # What each sample adapter was trained for; other adapters get the first of them.
 QUESTIONS = {
     "iso-date": "Convert to YYYY-MM-DD: the 3rd of March 2021",
-    "product-json": "As JSON with name, color, price, stock: $220.34: cotton bag in green, stock 66",
+    "product-json": "As JSON with name, color, price, stock: "
+    "$220.34: cotton bag in green, stock 66",
     "ticket-label": "Label as billing, delivery, account, bug, praise: "
     "Hello, delete my user data and the drill wishlist. Greetings",
     "unit-convert": "Convert 240000 m to km",
