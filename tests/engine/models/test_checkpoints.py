@@ -67,6 +67,18 @@ def write_gguf(path: Path, model: LlamaForCausalLM, kind: gguf.GGMLQuantizationT
     finish(writer)
 
 
+def smallest_llama(path: Path) -> gguf.GGUFWriter:
+    """A file that has the metadata of a model, and no tensors yet."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {
+        "block_count": 1, "context_length": 8, "embedding_length": 8,
+        "feed_forward_length": 8, "attention.head_count": 2,
+    }.items():  # fmt: skip
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    return writer
+
+
 def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -124,13 +136,7 @@ def test_gguf_tensors_are_dequantised_and_put_in_order(kind: str, tmp_path: Path
 
 
 def test_a_rope_tensor_in_a_gguf_file_divides_the_frequencies(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    for key, value in {
-        "block_count": 1, "context_length": 8, "embedding_length": 8,
-        "feed_forward_length": 8, "attention.head_count": 2,
-    }.items():  # fmt: skip
-        writer.add_uint32(f"llama.{key}", value)
-    writer.add_layer_norm_rms_eps(1e-5)
+    writer = smallest_llama(tmp_path / "m.gguf")
     writer.add_tensor("token_embd.weight", np.zeros((5, 8), np.float32))
     writer.add_tensor("rope_freqs.weight", np.array([1.0, 4.0], np.float32))
     finish(writer)
@@ -218,13 +224,7 @@ def test_a_damaged_tokenizer_is_one_clear_error(folder: Path) -> None:
 
 
 def test_a_gguf_tokenizer_without_merges_is_one_clear_error(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    for key, value in {
-        "block_count": 1, "context_length": 8, "embedding_length": 8,
-        "feed_forward_length": 8, "attention.head_count": 2,
-    }.items():  # fmt: skip
-        writer.add_uint32(f"llama.{key}", value)
-    writer.add_layer_norm_rms_eps(1e-5)
+    writer = smallest_llama(tmp_path / "m.gguf")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(["a", "b"])
