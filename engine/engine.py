@@ -144,7 +144,8 @@ class Engine:
         """Nothing can run: waits for a command or for an adapter to be loaded."""
         if self._check_integrity:
             self._scheduler.check_integrity()
-        self._wake.wait()
+        if not self._stopping:  # a shutdown just before `clear` would not wake it again
+            self._wake.wait()
 
     def _take_commands(self) -> None:
         while True:
