@@ -1,126 +1,336 @@
-"""Which adapters there are: folders under one or more roots, looked up by name when asked for.
-
-Nothing is read at start, so ten thousand folders cost nothing until one of them is named.
-"""
+"""The catalog of uploaded versions: one row each, in SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
-import os
-import re
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
-from polydelta.adapters_store.errors import UnknownAdapterError
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Engine,
+    Select,
+    String,
+    create_engine,
+    delete,
+    event,
+    func,
+    select,
+    update,
+)
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+from polydelta.adapters_store.errors import StoreError, UnknownAdapterError
+from polydelta.adapters_store.records import (
+    AdapterFacts,
+    AdapterRecord,
+    Part,
+    Source,
+    VersionState,
+)
 
-# What comes from a client is joined to a path only when it looks like this: no separators, and no
-# leading dot, so neither `..` nor a hidden folder.
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_VERSION = re.compile(r"[1-9][0-9]{0,8}")
-
-# (mtime in ns, size in bytes, inode) of the config and of the weights; None for a missing file.
-Signature = tuple[tuple[int, int, int] | None, ...]
-
-
-def signature(path: Path) -> Signature:
-    """Changes when a file of the adapter in this folder is rewritten or replaced."""
-    return tuple(_file_signature(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE))
-
-
-def _file_signature(path: Path) -> tuple[int, int, int] | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
-
-
-@dataclass(frozen=True)
-class AdapterRef:
-    """One version of one adapter, named but not read. Equal refs are the same version."""
-
-    id: str
-    version: int
-    path: Path = field(compare=False)
-    # What the files looked like when the version was named; other files are not this version.
-    signature: Signature | None = field(default=None, compare=False)
-
-    @property
-    def name(self) -> str:
-        return f"{self.id}@{self.version}"
+# Changes with the tables; a database that was made by another one is not touched.
+SCHEMA = 1
 
 
-class AdapterCatalog:
-    """Looks adapters up by name. Threads may share it.
+class _Base(DeclarativeBase):
+    pass
 
-    Versions count from 1 within this process: files that differ from those last seen under the
-    same id are the next version.
+
+class _Schema(_Base):
+    __tablename__ = "polydelta_schema"
+
+    number: Mapped[int] = mapped_column(primary_key=True)
+
+
+class _Adapter(_Base):
+    """Stays when the versions go: a version number is never given twice."""
+
+    __tablename__ = "polydelta_adapters"
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    last_version: Mapped[int]
+
+
+class _Version(_Base):
+    __tablename__ = "polydelta_versions"
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), index=True)
+    format: Mapped[str] = mapped_column(String(32))
+    kinds: Mapped[list[str]] = mapped_column(JSON)
+    rank: Mapped[int]
+    modules: Mapped[int]
+    nbytes: Mapped[int] = mapped_column(BigInteger)
+    base: Mapped[str] = mapped_column(String(64))
+    created: Mapped[float]
+    source: Mapped[str] = mapped_column(String(16))
+    labels: Mapped[dict[str, str]] = mapped_column(JSON)
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    pinned: Mapped[bool]
+    uses: Mapped[int] = mapped_column(BigInteger)
+    last_used: Mapped[float | None]
+    parts: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+
+    def record(self) -> AdapterRecord:
+        return AdapterRecord(
+            id=self.id,
+            version=self.version,
+            digest=self.digest,
+            facts=AdapterFacts(
+                self.format, tuple(self.kinds), self.rank, self.modules, self.nbytes
+            ),
+            base=self.base,
+            created=self.created,
+            source=Source(self.source),
+            labels=self.labels,
+            state=VersionState(self.state),
+            pinned=self.pinned,
+            uses=self.uses,
+            last_used=self.last_used,
+            parts=tuple(Part(**part) for part in self.parts),
+        )
+
+
+class Catalog:
+    """Rows of versions. Threads may share it; so may processes, where the database allows it.
+
+    Every method raises StoreError when the database cannot be reached.
     """
 
-    def __init__(self, roots: Sequence[Path]) -> None:
-        """roots: folders whose subfolders are adapters; of the same id, the first root's counts.
+    def __init__(self, url: str) -> None:
+        """url: as SQLAlchemy has it, such as `sqlite:////path/catalog.db` or
+        `postgresql+psycopg://user:password@host/database`. Makes the tables if there are none."""
+        self._engine = _connect(url)
+        try:
+            _Base.metadata.create_all(self._engine)
+            self._check_schema()
+        except SQLAlchemyError as error:
+            raise StoreError(f"The catalog cannot be opened: {_reason(error)}.") from None
 
-        Raises ValueError for a root that is no folder.
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def add(self, record: AdapterRecord, at_least: int = 1) -> AdapterRecord:
+        """Keeps a new version; the record comes back with the number that it was given.
+
+        at_least: the lowest number that may be given.
         """
-        for root in roots:
-            if not root.is_dir():
-                raise ValueError(
-                    f"adapters folder {str(root)!r} is not there: create it, or name another one."
+        for _ in range(16):
+            try:
+                return self._add(record, at_least)
+            except IntegrityError:  # another process was faster with the same number
+                continue
+        raise StoreError(f"No version number could be had for {record.id!r}: try again.")
+
+    def newest(self, adapter_id: str) -> AdapterRecord | None:
+        """The newest ready version."""
+        query = (
+            select(_Version)
+            .where(_Version.id == adapter_id, _Version.state == VersionState.READY.value)
+            .order_by(_Version.version.desc())
+            .limit(1)
+        )
+        return next(iter(self._records(query)), None)
+
+    def find(self, adapter_id: str, version: int) -> AdapterRecord | None:
+        query = select(_Version).where(_Version.id == adapter_id, _Version.version == version)
+        return next(iter(self._records(query)), None)
+
+    def versions(self, adapter_id: str) -> list[AdapterRecord]:
+        """All versions, oldest first."""
+        return self._records(
+            select(_Version).where(_Version.id == adapter_id).order_by(_Version.version)
+        )
+
+    def knows(self, adapter_id: str) -> bool:
+        """Whether the id was ever given a version here, gone ones included."""
+        with self._session() as session:
+            return session.get(_Adapter, adapter_id) is not None
+
+    def known(self) -> set[str]:
+        """All ids that `knows` knows."""
+        with self._session() as session:
+            return set(session.scalars(select(_Adapter.id)))
+
+    def ready(self) -> set[str]:
+        """Ids that have a ready version."""
+        with self._session() as session:
+            query = select(_Version.id).where(_Version.state == VersionState.READY.value)
+            return set(session.scalars(query.distinct()))
+
+    def page(
+        self,
+        after: str,
+        limit: int,
+        labels: Mapping[str, str],
+        kind: str | None,
+    ) -> list[AdapterRecord]:
+        """Newest ready versions by id, those whose id comes after `after`; at most `limit`."""
+        newest = (
+            select(_Version.id, func.max(_Version.version).label("version"))
+            .where(_Version.state == VersionState.READY.value, _Version.id > after)
+            .group_by(_Version.id)
+            .subquery()
+        )
+        query = (
+            select(_Version)
+            .join(newest, (_Version.id == newest.c.id) & (_Version.version == newest.c.version))
+            .order_by(_Version.id)
+        )
+        for key, value in labels.items():
+            query = query.where(_Version.labels[key].as_string() == value)
+        if kind is None:
+            return self._records(query.limit(limit))
+        # A version has few kinds; databases differ in how they look into a list.
+        return [r for r in self._records(query) if kind in r.facts.kinds][:limit]
+
+    def in_state(self, state: VersionState) -> list[AdapterRecord]:
+        return self._records(select(_Version).where(_Version.state == state.value))
+
+    def pinned(self) -> list[AdapterRecord]:
+        ready = _Version.state == VersionState.READY.value
+        return self._records(select(_Version).where(_Version.pinned, ready))
+
+    def compositions(self) -> list[AdapterRecord]:
+        return self._records(select(_Version).where(_Version.source == Source.COMPOSITION.value))
+
+    def digests(self) -> set[str]:
+        """Contents that some version has."""
+        with self._session() as session:
+            return set(session.scalars(select(_Version.digest).distinct()))
+
+    def has_digest(self, digest: str) -> bool:
+        with self._session() as session:
+            query = select(_Version.id).where(_Version.digest == digest).limit(1)
+            return session.scalar(query) is not None
+
+    def total_bytes(self) -> int:
+        """Of all contents, each counted once."""
+        each = (
+            select(func.max(_Version.nbytes).label("nbytes")).group_by(_Version.digest).subquery()
+        )
+        with self._session() as session:
+            return int(session.scalar(select(func.sum(each.c.nbytes))) or 0)
+
+    def change(self, adapter_id: str, version: int, **values: Any) -> AdapterRecord:
+        """Sets `state`, `pinned` or `labels`. Raises UnknownAdapterError."""
+        with self._session() as session, session.begin():
+            row = session.get(_Version, (adapter_id, version))
+            if row is None:
+                raise UnknownAdapterError(f"There is no adapter '{adapter_id}@{version}' any more.")
+            for name, value in values.items():
+                setattr(row, name, value.value if isinstance(value, VersionState) else value)
+            return row.record()
+
+    def count_uses(self, uses: Iterable[tuple[str, int, int, float]]) -> None:
+        """Adds to versions' uses: (id, version, requests, when the latest one began)."""
+        with self._session() as session, session.begin():
+            for adapter_id, version, count, when in uses:
+                session.execute(
+                    update(_Version)
+                    .where(_Version.id == adapter_id, _Version.version == version)
+                    .values(uses=_Version.uses + count, last_used=when)
                 )
-        self._roots = tuple(roots)
-        # The newest version of each adapter that was asked for.
-        self._seen: dict[str, AdapterRef] = {}
-        self._lock = threading.Lock()
 
-    def resolve(self, name: str) -> AdapterRef:
-        """The adapter that `id` or `id@version` names; without a version, the newest.
-
-        Raises UnknownAdapterError.
-        """
-        adapter_id, at, version = name.partition("@")
-        ref = self._find(adapter_id) if _ID.fullmatch(adapter_id) else None
-        if ref is None or (at and not _VERSION.fullmatch(version)):
-            raise UnknownAdapterError(
-                f"There is no adapter {name[:200]!r}: use `id` or `id@version`; "
-                "GET /v1/models or `polydelta adapters list` shows the ids."
+    def remove(self, adapter_id: str, versions: Sequence[int]) -> None:
+        with self._session() as session, session.begin():
+            session.execute(
+                delete(_Version).where(
+                    _Version.id == adapter_id, _Version.version.in_(list(versions))
+                )
             )
-        if at and int(version) != ref.version:
-            raise UnknownAdapterError(
-                f"Adapter {ref.id!r} has no version {version} any more or yet: "
-                f"the current one is {ref.name!r}."
+
+    def _add(self, record: AdapterRecord, at_least: int) -> AdapterRecord:
+        with self._session() as session, session.begin():
+            # Where rows can be locked, others wait here for the number that this one takes.
+            adapter = session.get(_Adapter, record.id, with_for_update=True)
+            if adapter is None:
+                adapter = _Adapter(id=record.id, last_version=0)
+                session.add(adapter)
+            adapter.last_version = max(adapter.last_version + 1, at_least)
+            added = replace(record, version=adapter.last_version)
+            session.add(_row(added))
+        return added
+
+    def _records(self, query: Select[Any]) -> list[AdapterRecord]:
+        with self._session() as session:
+            rows: Iterable[_Version] = session.scalars(query)
+            return [row.record() for row in rows]
+
+    def _session(self) -> Session:
+        return _CatalogSession(self._engine, expire_on_commit=False)
+
+    def _check_schema(self) -> None:
+        with self._session() as session, session.begin():
+            numbers = list(session.scalars(select(_Schema.number)))
+            if not numbers:
+                session.add(_Schema(number=SCHEMA))
+        if numbers not in ([], [SCHEMA]):
+            raise StoreError(
+                f"The catalog was made by another version of PolyDelta (schema {numbers[-1]}, this "
+                f"one reads {SCHEMA}): use that version, or another catalog."
             )
-        return ref
 
-    def list(self) -> Iterator[AdapterRef]:
-        """Every adapter, by id. Folders are looked into one by one, as they are asked for."""
-        ids: set[str] = set()
-        for root in self._roots:
-            with os.scandir(root) as entries:
-                ids.update(entry.name for entry in entries if _ID.fullmatch(entry.name))
-        for adapter_id in sorted(ids):
-            ref = self._find(adapter_id)
-            if ref is not None:
-                yield ref
 
-    def _find(self, adapter_id: str) -> AdapterRef | None:
-        # The files are looked at under the lock: otherwise a slow thread could hand in an old look
-        # at them as if it were a newer version.
-        with self._lock:
-            for root in self._roots:
-                path = root / adapter_id
-                found = signature(path)
-                if found[0] is not None:
-                    return self._version(adapter_id, path, found)
-        return None
+class _CatalogSession(Session):
+    """Turns what a database raises into what this package raises."""
 
-    def _version(self, adapter_id: str, path: Path, found: Signature) -> AdapterRef:
-        seen = self._seen.get(adapter_id)
-        if seen is None or seen.path != path or seen.signature != found:
-            version = 1 if seen is None else seen.version + 1
-            seen = AdapterRef(adapter_id, version, path, found)
-            self._seen[adapter_id] = seen
-        return seen
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, SQLAlchemyError) and not isinstance(error, IntegrityError):
+            raise StoreError(f"The catalog does not answer: {_reason(error)}.") from error
+
+
+def _row(record: AdapterRecord) -> _Version:
+    facts = record.facts
+    return _Version(
+        id=record.id,
+        version=record.version,
+        digest=record.digest,
+        format=facts.format,
+        kinds=list(facts.kinds),
+        rank=facts.rank,
+        modules=facts.modules,
+        nbytes=facts.nbytes,
+        base=record.base,
+        created=record.created or time.time(),
+        source=record.source.value,
+        labels=dict(record.labels),
+        state=record.state.value,
+        pinned=record.pinned,
+        uses=record.uses,
+        last_used=record.last_used,
+        parts=[asdict(part) for part in record.parts],
+    )
+
+
+def _connect(url: str) -> Engine:
+    try:
+        engine = create_engine(url, pool_pre_ping=True)
+    except (ArgumentError, NoSuchModuleError, ImportError) as error:
+        raise StoreError(
+            f"The catalog's URL cannot be used ({error}): write it as SQLAlchemy does, and install "
+            "its driver, such as the extra polydelta[postgres]."
+        ) from None
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _tune_sqlite)
+    return engine
+
+
+def _tune_sqlite(connection: Any, _: Any) -> None:
+    """Readers never wait for a writer, and what was committed outlives a crash of the machine."""
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA busy_timeout=10000")
+    cursor.close()
+
+
+def _reason(error: SQLAlchemyError) -> str:
+    """One line, without the statement and its values."""
+    return str(getattr(error, "orig", None) or type(error).__name__).strip().splitlines()[0]

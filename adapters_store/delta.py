@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polydelta.adapters_store.delta_kinds import LOW_RANK, SPARSE
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
@@ -23,7 +25,7 @@ class LowRank:
     # [out, rank]
     b: Tensor
 
-    kind = "LowRank"
+    kind = LOW_RANK
 
     @property
     def rank(self) -> int:
@@ -50,7 +52,7 @@ class Sparse:
     # [nnz]
     values: Tensor
 
-    kind = "Sparse"
+    kind = SPARSE
 
     @property
     def nnz(self) -> int:

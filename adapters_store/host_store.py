@@ -6,12 +6,10 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import Future
 
-import torch
-
-from polydelta.adapters_store.base_layout import BaseLayout
-from polydelta.adapters_store.catalog import AdapterRef
-from polydelta.adapters_store.formats import read_adapter
-from polydelta.adapters_store.packing import PackedAdapter, pack
+from polydelta.adapters_store.disk_tier import AdapterLoader
+from polydelta.adapters_store.packed_file import in_memory
+from polydelta.adapters_store.packing import PackedAdapter
+from polydelta.adapters_store.reference import AdapterRef
 
 
 class HostStore:
@@ -21,11 +19,12 @@ class HostStore:
     """
 
     def __init__(
-        self, layout: BaseLayout, dtype: torch.dtype, capacity_bytes: int, workers: int = 1
+        self, loader: AdapterLoader, capacity_bytes: int, workers: int = 1, pin: bool = False
     ) -> None:
-        """capacity_bytes: of packed adapters kept; those still loading do not count."""
-        self._layout = layout
-        self._dtype = dtype
+        """capacity_bytes: of packed adapters kept; those still loading do not count.
+        workers: loads at the same time. pin: keep them page-locked, for a GPU."""
+        self._loader = loader
+        self._pin = pin
         self._capacity_bytes = capacity_bytes
         self._kept_bytes = 0
         self._loading: dict[AdapterRef, Future[PackedAdapter]] = {}
@@ -62,6 +61,22 @@ class HostStore:
                 thread.start()
             return future
 
+    def holds(self, ref: AdapterRef) -> bool:
+        """Whether `load` would answer at once."""
+        with self._lock:
+            return ref in self._kept
+
+    def peek(self, ref: AdapterRef) -> PackedAdapter | None:
+        """The adapter, if it is kept; it does not count as used."""
+        with self._lock:
+            return self._kept.get(ref)
+
+    def forget(self, ref: AdapterRef) -> None:
+        """Lets go of a version that nobody will ask for again."""
+        with self._lock:
+            if (packed := self._kept.pop(ref, None)) is not None:
+                self._kept_bytes -= packed.nbytes
+
     def close(self) -> None:
         """Waits for loads that have begun; those that have not fail."""
         with self._lock:
@@ -78,7 +93,7 @@ class HostStore:
             with self._turns:
                 if self._closed:
                     raise RuntimeError("The adapter store was closed.")
-                packed = pack(read_adapter(ref, self._layout), self._layout, self._dtype)
+                packed = in_memory(self._loader.load(ref), self._pin)
         except BaseException as error:
             with self._lock:
                 del self._loading[ref]

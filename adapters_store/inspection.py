@@ -9,18 +9,17 @@ from functools import cached_property
 from pathlib import Path
 
 from polydelta.adapters_store.base_layout import BaseLayout
-from polydelta.adapters_store.catalog import AdapterRef, signature
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats import read_adapter
 from polydelta.adapters_store.formats.files import (
-    content_digest,
+    folder_digest,
     read_config_bytes,
     read_shapes,
-    read_weights_bytes,
 )
 from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import parse_config
 from polydelta.adapters_store.formats.registry import format_of
+from polydelta.adapters_store.reference import AdapterRef, signature
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class AdapterSummary:
     def digest(self) -> str:
         """As in `Adapter.digest`; empty when files are missing. Reads all of them, when asked."""
         try:
-            return content_digest(read_config_bytes(self.path), read_weights_bytes(self.path))
+            return folder_digest(self.path)
         except InvalidAdapterError:
             return ""
 

@@ -102,8 +102,7 @@ class PackedLayer:
 class PackedAdapter:
     """An adapter, ready to be copied into pages."""
 
-    id: str
-    version: int
+    # sha256 of the content that it was made from.
     digest: str
     # Of matrices and of sparse values.
     dtype: torch.dtype
@@ -134,7 +133,7 @@ def pack(adapter: Adapter, layout: BaseLayout, dtype: torch.dtype) -> PackedAdap
                     "trained on."
                 )
     layers = tuple(_pack_layer(adapter, layout, layer, dtype) for layer in range(layout.num_layers))
-    return PackedAdapter(adapter.id, adapter.version, adapter.digest, dtype, layers)
+    return PackedAdapter(adapter.digest, dtype, layers)
 
 
 def matrix_view(data: Tensor, matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:

@@ -33,7 +33,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from benchmarks.machine import describe_machine
-from polydelta.adapters_store.catalog import AdapterCatalog
+from polydelta.adapters_store.composition import Share
+from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.engine.build import build_engine
 from polydelta.engine.config import EngineConfig
 from polydelta.engine.models.checkpoint import default_model
@@ -154,7 +155,7 @@ class EngineSide:
         config = EngineConfig(dtype="bfloat16", prefix_caching=False, max_batch_tokens=2048)
         self.engine = build_engine(None, config)
         self.engine.start()
-        self.catalog = AdapterCatalog([folder])
+        self.catalog = FolderCatalog([folder])
 
     def run(self, prompts: list[list[int]], names: Sequence[str | None]) -> list[list[int]]:
         """New tokens of each prompt."""
@@ -168,8 +169,8 @@ class EngineSide:
                 finished.release()
 
         for row, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
-            adapter = self.catalog.resolve(name) if name else None
-            request = GenerationRequest(f"{row}", prompt, params, adapter)
+            adapters = (Share(self.catalog.resolve(name)),) if name else ()
+            request = GenerationRequest(f"{row}", prompt, params, adapters)
             self.engine.submit(request, partial(collect, row))
         for _ in names:
             finished.acquire()

@@ -9,23 +9,23 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from polydelta.adapters_store.catalog import AdapterRef
+from polydelta.adapters_store.composition import Shares
 from polydelta.engine.sequence import Schedule, ScheduledSequence
 from polydelta.kernels.ops import SequenceSlice
 
 
 @dataclass(frozen=True)
 class AdapterRows:
-    """Rows of the flat batch that one adapter's requests own: start : stop."""
+    """Rows of the flat batch whose requests use the same adapters: start : stop."""
 
     start: int
     stop: int
-    adapter: AdapterRef
+    adapters: Shares
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Inputs of one forward pass. Rows are sorted by adapter, the bare base's first."""
+    """Inputs of one forward pass. Rows are sorted by adapters, the bare base's first."""
 
     # Sequences in the order of their rows.
     scheduled: Sequence[ScheduledSequence]
@@ -44,7 +44,7 @@ class Batch:
 
 
 def build_batch(schedule: Schedule, block_size: int) -> Batch:
-    ordered = sorted(schedule, key=_adapter_name)
+    ordered = sorted(schedule, key=_adapter_names)
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -72,16 +72,16 @@ def build_batch(schedule: Schedule, block_size: int) -> Batch:
     )
 
 
-def _adapter_name(item: ScheduledSequence) -> str:
-    return item.sequence.adapter.name if item.sequence.adapter else ""
+def _adapter_names(item: ScheduledSequence) -> list[str]:
+    return [share.name for share in item.sequence.adapters]
 
 
 def _adapter_rows(ordered: Sequence[ScheduledSequence]) -> list[AdapterRows]:
     rows: list[AdapterRows] = []
     start = 0
-    for adapter, items in groupby(ordered, lambda item: item.sequence.adapter):
+    for adapters, items in groupby(ordered, lambda item: item.sequence.adapters):
         stop = start + sum(item.num_tokens for item in items)
-        if adapter is not None:
-            rows.append(AdapterRows(start, stop, adapter))
+        if adapters:
+            rows.append(AdapterRows(start, stop, adapters))
         start = stop
     return rows

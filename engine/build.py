@@ -8,7 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.adapters_store.disk_tier import AdapterLoader, FolderLoader
 from polydelta.adapters_store.host_store import HostStore
+from polydelta.engine.adapter_control import AdapterControl
 from polydelta.engine.config import EngineConfig
 from polydelta.engine.engine import Engine
 from polydelta.engine.eviction import CostModel
@@ -27,13 +30,20 @@ from polydelta.kernels.ops import Kernels, kernels_for
 
 # stage, done, total: drives a progress bar
 Report = Callable[[str, int, int], None]
+# From what adapters must fit and the dtype that they are computed in, to what reads them.
+MakeLoader = Callable[[BaseLayout, torch.dtype], AdapterLoader]
 
 
 def no_report(stage: str, done: int, total: int) -> None:
     """For those who show no progress."""
 
 
-def build_engine(model: str | None, config: EngineConfig, report: Report = no_report) -> Engine:
+def build_engine(
+    model: str | None,
+    config: EngineConfig,
+    report: Report = no_report,
+    make_loader: MakeLoader = FolderLoader,
+) -> Engine:
     """model: None for the default, a path or a hub id. Raises ModelError."""
     report("Opening the model", 0, 1)
     checkpoint = open_checkpoint(model)
@@ -43,11 +53,15 @@ def build_engine(model: str | None, config: EngineConfig, report: Report = no_re
     # more threads than there are cores, all of them sleep at every barrier instead of spinning
     # (a decode step of 16 tokens on 2 cores: 25 ms with one team, 36 ms beside an idle one).
     with ThreadPoolExecutor(max_workers=1) as loading:
-        return loading.submit(assemble, checkpoint, config, kernels, report).result()
+        return loading.submit(assemble, checkpoint, config, kernels, report, make_loader).result()
 
 
 def assemble(
-    checkpoint: Checkpoint, config: EngineConfig, kernels: Kernels, report: Report = no_report
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    kernels: Kernels,
+    report: Report = no_report,
+    make_loader: MakeLoader = FolderLoader,
 ) -> Engine:
     """An engine for an opened checkpoint. Raises ModelError."""
     model, dtype = checkpoint.config, torch_dtype(config.dtype)
@@ -63,11 +77,12 @@ def assemble(
         checkpoint.tensors, dtype, lambda done, total: report("Loading weights", done, total)
     )
     decoder = Decoder(model, weights, kernels, max_model_len, dtype)
-    runner = Runner(decoder, kernels, num_pages, config.block_size, dtype)
+    layout = base_layout(model, checkpoint.id)
+    host = HostStore(make_loader(layout, dtype), config.host_adapter_bytes)
+    runner = Runner(decoder, kernels, num_pages, config.block_size, dtype, host, config.fuse_after)
 
     wake, costs, pool = threading.Event(), CostModel(), PagePool(num_pages)
     kv = KVCache(pool, config.block_size, costs, config.prefix_caching)
-    host = HostStore(base_layout(model, checkpoint.id), dtype, config.host_adapter_bytes)
     residency = Residency(pool, page_bytes, host, runner.bind_adapter, costs, wake.set)
     limits = SchedulerLimits(config.max_batch_tokens, config.max_batch_size)
     scheduler = Scheduler(limits, pool, kv, residency)
@@ -76,7 +91,9 @@ def assemble(
         checkpoint.tokenizer,
         max_model_len,
         model.vocab_size,
+        layout,
         scheduler,
+        AdapterControl(pool, kv, residency),
         runner,
         StatsRecorder(pool, kv, residency, costs),
         wake,

@@ -73,41 +73,41 @@ class PoolAdapter:
     def _bind(self, layer: int, data: Tensor) -> dict[int, list[AddDelta]]:
         bound: dict[int, list[AddDelta]] = {}
         for delta in self._deltas[layer]:
-            if isinstance(delta, PackedLowRank):
-                add = self._low_rank(delta, data)
+            weights = delta_weights(delta, data, self._dtype)
+            if isinstance(weights, LowRankWeights):
+                add = self._kernels.low_rank(weights)
             else:
-                add = self._sparse(delta, data)
+                add = self._kernels.sparse(weights)
             bound.setdefault(delta.linear, []).append(add)
         return bound
 
-    def _low_rank(self, delta: PackedLowRank, data: Tensor) -> AddDelta:
-        blocks = tuple(
-            LowRankBlock(
-                block.out_start, block.rank_start, matrix_view(data, block.b_t, self._dtype)
-            )
-            for block in delta.blocks
-        )
-        return self._kernels.low_rank(
-            LowRankWeights(matrix_view(data, delta.a, self._dtype), blocks)
-        )
 
-    def _sparse(self, delta: PackedSparse, data: Tensor) -> AddDelta:
-        return self._kernels.sparse(
-            SparseWeights(
-                vector_view(data, delta.row_pointers),
-                vector_view(data, delta.columns),
-                vector_view(data, delta.values),
-            )
+def delta_weights(
+    delta: PackedLowRank | PackedSparse, data: Tensor, dtype: torch.dtype
+) -> LowRankWeights | SparseWeights:
+    """A packed delta as the kernels take it: views of the layer's bytes."""
+    if isinstance(delta, PackedSparse):
+        return SparseWeights(
+            vector_view(data, delta.row_pointers),
+            vector_view(data, delta.columns),
+            vector_view(data, delta.values),
         )
+    blocks = tuple(
+        LowRankBlock(block.out_start, block.rank_start, matrix_view(data, block.b_t, dtype))
+        for block in delta.blocks
+    )
+    return LowRankWeights(matrix_view(data, delta.a, dtype), blocks)
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterSegment:
-    """Rows of a step that use one adapter: start : stop."""
+    """Rows of a step that an adapter is added to: start : stop. Those of a sum of adapters are in
+    one segment for each."""
 
     start: int
     stop: int
     adapter: PoolAdapter
+    weight: float = 1.0
 
 
 @dataclass(eq=False)
@@ -127,9 +127,13 @@ def _with_deltas(deltas: StepDeltas, layer: int, index: int, linear: Linear) -> 
     def wrapped(x: Tensor) -> Tensor:
         y = linear(x)
         for segment in deltas.segments:
-            for add in segment.adapter.deltas(layer, index):
+            adds = segment.adapter.deltas(layer, index)
+            if adds:
                 rows = slice(segment.start, segment.stop)
-                add(y[rows], x[rows])
+                # Every kind here is linear in x, so that the weight may be taken there.
+                inputs = x[rows] if segment.weight == 1.0 else x[rows] * segment.weight
+                for add in adds:
+                    add(y[rows], inputs)
         return y
 
     return wrapped

@@ -11,8 +11,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 
+from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.adapters_store.reference import AdapterRef
+from polydelta.engine.adapter_control import AdapterControl
 from polydelta.engine.detokenizer import Detokenizer, TextStep
 from polydelta.engine.models.tokenizer import Tokenizer
 from polydelta.engine.request import (
@@ -21,6 +25,7 @@ from polydelta.engine.request import (
     OutputHandler,
     RequestOutput,
 )
+from polydelta.engine.residency import AdapterPlace
 from polydelta.engine.runner import Runner
 from polydelta.engine.scheduler import Scheduler
 from polydelta.engine.sequence import SampledToken, Schedule, Sequence
@@ -44,7 +49,9 @@ class Engine:
         tokenizer: Tokenizer,
         max_model_len: int,
         vocab_size: int,
+        layout: BaseLayout,
         scheduler: Scheduler,
+        adapters: AdapterControl,
         runner: Runner,
         recorder: StatsRecorder,
         wake: threading.Event,
@@ -56,7 +63,10 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
+        # What an adapter must fit.
+        self.layout = layout
         self._scheduler = scheduler
+        self._adapters = adapters
         self._runner = runner
         self._recorder = recorder
         self._close = close
@@ -97,6 +107,28 @@ class Engine:
         """Thread-safe. Drops a request, without a last output; its pages are free at once."""
         self._command(lambda: self._abort(request_id))
 
+    def load_adapter(self, ref: AdapterRef, pin: bool = False) -> Future[None]:
+        """Thread-safe. Brings an adapter into the pool before anybody asks for it; with `pin`, it
+        stays there. The future raises AdapterError, and EngineDeadError."""
+        return self._order(lambda done: self._adapters.load(ref, pin, done))
+
+    def unpin_adapter(self, ref: AdapterRef) -> Future[None]:
+        """Thread-safe. Lets the pool evict an adapter again."""
+        return self._order(lambda done: self._adapters.unpin(ref, done))
+
+    def evict_adapter(self, ref: AdapterRef) -> Future[None]:
+        """Thread-safe. Takes an adapter out of the pool and host RAM; the future raises InUseError
+        while it is used or pinned."""
+        return self._order(lambda done: self._adapters.evict(ref, done))
+
+    def forget_adapter(self, ref: AdapterRef) -> None:
+        """Thread-safe. A version was deleted: all memory that it has is freed."""
+        self._command(lambda: self._forget_adapter(ref))
+
+    def adapter_place(self, ref: AdapterRef) -> AdapterPlace:
+        """Thread-safe: where an adapter is at the moment."""
+        return self._scheduler.adapter_place(ref)
+
     def stats(self) -> EngineStats:
         """Thread-safe: as of the end of the last step."""
         return self._recorder.snapshot
@@ -109,6 +141,14 @@ class Engine:
             self._commands.put(command)
         self._wake.set()
         return True
+
+    def _order(self, command: Callable[[Future[None]], None]) -> Future[None]:
+        done: Future[None] = Future()
+        # It cannot be cancelled: what was begun on the engine's thread is ended there.
+        done.set_running_or_notify_cancel()
+        if not self._command(lambda: command(done)):
+            done.set_exception(EngineDeadError("The engine is not running."))
+        return done
 
     def _loop(self) -> None:
         try:
@@ -129,6 +169,7 @@ class Engine:
     def _step(self) -> bool:
         """One step; False when there was nothing to run."""
         began = time.perf_counter()
+        self._adapters.advance()
         schedule = self._scheduler.schedule()
         for failure in self._scheduler.take_failures():
             self._finish(failure.sequence, FinishReason.ERROR, failure.reason)
@@ -210,6 +251,10 @@ class Engine:
         del self._sequences[sequence.id], self._texts[sequence]
         self._runner.forget(sequence)
 
+    def _forget_adapter(self, ref: AdapterRef) -> None:
+        self._adapters.forget(ref)
+        self._runner.forget_adapter(ref)
+
     def _end_all(self, reason: FinishReason, error: str | None = None) -> None:
         self._stopping = True
         with self._closing:
@@ -218,6 +263,7 @@ class Engine:
             self._take_commands()
         except Exception:  # after a failed step nothing is certain, but everybody gets an answer
             logger.exception("a command failed while the engine was ending")
+        self._adapters.close()
         for sequence in list(self._sequences.values()):
             self._finish(sequence, reason, error)
 

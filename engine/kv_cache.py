@@ -13,6 +13,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 
+from polydelta.adapters_store.composition import Shares
+from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.pool import PagePool
 from polydelta.engine.sequence import Sequence
@@ -26,6 +28,8 @@ class CachedBlock:
 
     page: int
     hash: bytes
+    # Whose it is: it falls with any of these versions.
+    adapters: Shares
     uses: int = 1
 
 
@@ -117,7 +121,7 @@ class KVCache:
             page, block_hash = sequence.block_table[index], sequence.block_hashes[index]
             # Where another sequence was faster with the same block, this page stays private.
             if block_hash not in self._by_hash:
-                block = CachedBlock(page, block_hash)
+                block = CachedBlock(page, block_hash, sequence.adapters)
                 self._by_page[page] = self._by_hash[block_hash] = block
         sequence.num_published = full
 
@@ -137,6 +141,13 @@ class KVCache:
                 self.pool.free([page])
         sequence.block_table = []
         sequence.num_computed = 0
+
+    def drop(self, ref: AdapterRef) -> None:
+        """A version is gone: frees the blocks that it made and nobody uses."""
+        for block in list(self._by_hash.values()):
+            made_by = any(share.ref == ref for share in block.adapters)
+            if made_by and block.page not in self._users:
+                self.pool.evict(block.hash)
 
     def _forget(self, block: CachedBlock) -> None:
         del self._by_hash[block.hash], self._by_page[block.page]

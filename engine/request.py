@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from polydelta.adapters_store.catalog import AdapterRef
+from polydelta.adapters_store.composition import Shares
 
 
 class FinishReason(StrEnum):
@@ -97,8 +97,8 @@ class GenerationRequest:
     request_id: str
     prompt_token_ids: Sequence[int]
     sampling: SamplingParams
-    # None asks for the bare base model.
-    adapter: AdapterRef | None = None
+    # The adapters whose weighted sum answers; none of them is the bare base model.
+    adapters: Shares = ()
 
 
 # Called on the engine's thread: must only hand the output on, never wait.

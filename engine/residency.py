@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
 
-from polydelta.adapters_store.catalog import AdapterRef
 from polydelta.adapters_store.errors import AdapterError
+from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.pool import PagePool
 
@@ -32,6 +32,17 @@ class ResidencyState(Enum):
     ON_HOST = "on host"
     RESIDENT = "resident"
     FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class AdapterPlace:
+    """Where an adapter is."""
+
+    state: ResidencyState
+    # Of the pool.
+    pages: int = 0
+    # Sequences that run with it.
+    users: int = 0
 
 
 class HostAdapter(Protocol):
@@ -57,6 +68,10 @@ class HostTier(Protocol[Packed]):
 
     def load(self, ref: AdapterRef) -> Future[Packed]: ...
 
+    def forget(self, ref: AdapterRef) -> None: ...
+
+    def holds(self, ref: AdapterRef) -> bool: ...
+
 
 # Copies a packed adapter into pages of the pool.
 Binder = Callable[[Packed, Sequence[int]], Bound]
@@ -74,9 +89,12 @@ class _Entry(Generic[Packed, Bound]):
     nbytes: int = 0
     pages: list[int] = field(default_factory=list)
     bound: Bound | None = None
-    # Sequences that run with it; idle when 0.
+    # Sequences that run with it, and a pin; idle when 0.
     users: int = 0
     uses: int = 0
+    pinned: bool = False
+    # The version was deleted: it goes when its last user does.
+    doomed: bool = False
 
 
 class Residency(Generic[Packed, Bound]):
@@ -119,6 +137,9 @@ class Residency(Generic[Packed, Bound]):
         entry.state = ResidencyState.LOADING_TO_HOST
         entry.loading = self._host.load(ref)
         entry.loading.add_done_callback(lambda _: self._on_loaded())
+
+    def is_resident(self, ref: AdapterRef) -> bool:
+        return self.state(ref) is ResidencyState.RESIDENT
 
     def digest(self, ref: AdapterRef) -> str:
         """Of the adapter's content; it must be on the host or resident."""
@@ -175,9 +196,60 @@ class Residency(Generic[Packed, Bound]):
         if not entry.users:
             cost = self._costs.load_seconds(entry.nbytes)
             self._pool.retire(ref, entry.pages, cost, entry.uses, lambda: self._forget(ref))
+            if entry.doomed:
+                self._pool.evict(ref)
+
+    def pin(self, ref: AdapterRef) -> None:
+        """Keeps an adapter that is on the host or resident in the pool, used or not."""
+        if not self._entries[ref].pinned:
+            self.acquire(ref)
+            self._entries[ref].pinned = True
+
+    def unpin(self, ref: AdapterRef) -> None:
+        entry = self._entries.get(ref)
+        if entry is not None and entry.pinned:
+            entry.pinned = False
+            self.release(ref)
+
+    def is_pinned(self, ref: AdapterRef) -> bool:
+        return ref in self._entries and self._entries[ref].pinned
+
+    def evict(self, ref: AdapterRef) -> None:
+        """Takes an adapter that nobody uses or pins out of the pool and out of host RAM."""
+        if self.is_resident(ref):
+            self._pool.evict(ref)
+        self._entries.pop(ref, None)
+        self._host.forget(ref)
+
+    def forget(self, ref: AdapterRef) -> None:
+        """The version was deleted: lets go of all that is kept of it, as soon as it is not used."""
+        self.unpin(ref)
+        if ref in self._entries and self._entries[ref].users:
+            self._entries[ref].doomed = True
+            self._host.forget(ref)
+        else:
+            self.evict(ref)
 
     def resident(self) -> list[AdapterRef]:
         return [r for r, e in self._entries.items() if e.state is ResidencyState.RESIDENT]
+
+    def describe(self, ref: AdapterRef) -> AdapterPlace:
+        """Where the adapter is at the moment; any thread may ask."""
+        entry = self._entries.get(ref)
+        if entry is None:
+            state = ResidencyState.ON_HOST if self._host.holds(ref) else ResidencyState.ON_DISK
+            return AdapterPlace(state)
+        return AdapterPlace(entry.state, len(entry.pages), entry.users - entry.pinned)
+
+    def num_on_their_way(self) -> int:
+        """Adapters that take host RAM, or will, until they are in the pool."""
+        ways = (ResidencyState.LOADING_TO_HOST, ResidencyState.ON_HOST)
+        return sum(entry.state in ways for entry in self._entries.values())
+
+    def num_pinned_pages(self, besides: Sequence[AdapterRef] = ()) -> int:
+        return sum(
+            len(e.pages) for ref, e in self._entries.items() if e.pinned and ref not in besides
+        )
 
     def used_pages(self) -> list[int]:
         """Pages of adapters that some sequence uses."""

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from polydelta.adapters_store.catalog import AdapterRef
+from polydelta.adapters_store.host_store import HostStore
 from polydelta.adapters_store.packing import PackedAdapter
+from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.batch import Batch, build_batch
 from polydelta.engine.deltas import AdapterSegment, PoolAdapter, StepDeltas, wrap_decoder
+from polydelta.engine.fusion import Fusion, fusable_linears
+from polydelta.engine.fusion_policy import FusionPolicy
 from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
 from polydelta.engine.sampler import Sampler
@@ -28,7 +31,11 @@ class Runner:
         num_pages: int,
         block_size: int,
         dtype: torch.dtype,
+        host: HostStore,
+        fuse_after: int | None = None,
     ) -> None:
+        """host: has the bytes of adapters that are to be fused. fuse_after: steps with one adapter
+        alone before it goes into the base weights; None keeps all adapters unmerged."""
         config = decoder.config
         self._decoder = decoder
         self._kernels = kernels
@@ -38,6 +45,11 @@ class Runner:
         self._storage = torch.zeros((config.num_layers, num_pages, page_bytes), dtype=torch.uint8)
         self._kv = PagedKV(self._storage, config, block_size, dtype, kernels)
         self._deltas = StepDeltas()
+        self._host = host
+        self._fusion = self._policy = None
+        if fuse_after is not None:
+            self._fusion = Fusion(fusable_linears(decoder))
+            self._policy = FusionPolicy(fuse_after)
         wrap_decoder(decoder, self._deltas)
         self._sampler = Sampler(config.vocab_size)
 
@@ -62,12 +74,27 @@ class Runner:
         """Drops what the sampler kept for a sequence that has left."""
         self._sampler.forget(sequence)
 
+    def forget_adapter(self, ref: AdapterRef) -> None:
+        """Drops what is kept of a version that was deleted."""
+        if self._fusion is not None:
+            self._fusion.forget(ref)
+
+    def _fused(self, batch: Batch) -> AdapterRef | None:
+        """The adapter that is in the base weights in this step; all of its rows want it."""
+        if self._fusion is None or self._policy is None:
+            return None
+        wanted = self._policy.wanted(item.sequence.adapters for item in batch.scheduled)
+        return self._fusion.settle(wanted, self._host.peek)
+
     def _logits(self, batch: Batch, bound: Callable[[AdapterRef], PoolAdapter]) -> Tensor:
         """`[samples, vocab]` float32."""
         self._kv.prepare(batch.slots, batch.slices)
+        fused = self._fused(batch)
         self._deltas.segments = [
-            AdapterSegment(rows.start, rows.stop, bound(rows.adapter))
+            AdapterSegment(rows.start, rows.stop, bound(share.ref), share.weight)
             for rows in batch.adapter_rows
+            for share in rows.adapters
+            if share.ref != fused
         ]
         hidden = self._decoder.hidden_states(batch.tokens, batch.positions, self._kv)
         return self._decoder.logits(hidden.index_select(0, batch.sample_rows))

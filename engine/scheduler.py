@@ -3,8 +3,8 @@
 Prefill, chunked prefill and decode are the same thing: a sequence has tokens whose KV is not
 computed yet, and a step computes some of them under a budget. Running sequences come first, those
 that decode before those that prefill; then waiting ones enter, in the order of their arrival, but
-for those whose adapter is still being loaded. Out of pages, the sequence that was admitted last is
-preempted, and recomputed later from what the prefix cache still has of it.
+for those whose adapters are still being loaded. Out of pages, the sequence that was admitted last
+is preempted, and recomputed later from what the prefix cache still has of it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from polydelta.adapters_store.catalog import AdapterRef
+from polydelta.adapters_store.composition import sum_digest
+from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.kv_cache import BASE_NAMESPACE, KVCache
 from polydelta.engine.pool import PagePool
-from polydelta.engine.residency import Residency, ResidencyState
+from polydelta.engine.residency import AdapterPlace, Residency, ResidencyState
 from polydelta.engine.sequence import SampledToken, Schedule, ScheduledSequence, Sequence
+
+# Adapters that are loaded ahead for the waiting at a time: each takes host RAM until its turn.
+MAX_PREFETCHED = 8
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,10 @@ class Scheduler:
                 self._kv.grow(sequence, sequence.num_computed + count)
                 shares[sequence] = count
                 budget -= count
+        self._fail_unreadable()
         if self.num_preemptions == preemptions:
             self._admit_waiting(budget, shares)
+        self._prefetch()
         return [ScheduledSequence(sequence, count) for sequence, count in shares.items()]
 
     def commit(self, schedule: Schedule, sampled: Seq[SampledToken | None]) -> None:
@@ -101,6 +108,10 @@ class Scheduler:
     def bound_adapter(self, ref: AdapterRef) -> Any:
         """The resident adapter of a scheduled sequence."""
         return self._residency.bound(ref)
+
+    def adapter_place(self, ref: AdapterRef) -> AdapterPlace:
+        """Where an adapter is at the moment; any thread may ask."""
+        return self._residency.describe(ref)
 
     def check_integrity(self) -> None:
         """Raises RuntimeError unless the pool's books balance."""
@@ -129,14 +140,27 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
+    def _prefetch(self) -> None:
+        """Starts loads for those who still wait, first come first."""
+        for ref in self._awaited():
+            # Whoever is first gets all that it needs: sums of which each has a part would wait for
+            # each other for ever.
+            first = self.waiting[0].uses(ref)
+            if first or self._residency.num_on_their_way() < MAX_PREFETCHED:
+                self._residency.prefetch(ref)
+
+    def _awaited(self) -> list[AdapterRef]:
+        """Adapters of the first in the queue, in its order; each once."""
+        first = islice(self.waiting, self._limits.max_batch_size)
+        return list(dict.fromkeys(ref for sequence in first for ref in sequence.adapter_refs))
+
     def _admit_waiting(self, budget: int, shares: dict[Sequence, int]) -> None:
         skipped = 0
         for sequence in list(self.waiting):
             full = len(self.running) == self._limits.max_batch_size
-            # No look further ahead than a full batch: what is prefetched takes host RAM.
             if budget == 0 or full or skipped == self._limits.max_batch_size:
                 break
-            if not self._adapter_ready(sequence) or not self._can_ever_run(sequence):
+            if not self._adapters_ready(sequence) or not self._can_ever_run(sequence):
                 skipped += sequence in self.waiting  # one that failed has left
                 continue
             prefix = self._kv.find_prefix(sequence, self._namespace(sequence))
@@ -147,50 +171,41 @@ class Scheduler:
             shares[sequence] = count
             budget -= count
 
-    def _adapter_ready(self, sequence: Sequence) -> bool:
-        """Whether the sequence's adapter can be had at once; else starts to load it."""
-        if sequence.adapter is None:
-            return True
-        if sequence not in self.waiting:
-            return False  # failed a moment ago, with another one of the same adapter
-        self._residency.prefetch(sequence.adapter)
-        match self._residency.state(sequence.adapter):
-            case ResidencyState.FAILED:
-                self._fail_all(sequence)
-                return False
-            case ResidencyState.LOADING_TO_HOST:
-                return False
-        return True
+    def _adapters_ready(self, sequence: Sequence) -> bool:
+        """Whether all of the sequence's adapters can be had at once."""
+        ready = (ResidencyState.ON_HOST, ResidencyState.RESIDENT)
+        return all(self._residency.state(ref) in ready for ref in sequence.adapter_refs)
 
-    def _fail_all(self, sequence: Sequence) -> None:
+    def _fail_unreadable(self) -> None:
         """One failed load fails everybody who waited for it; later requests try again."""
-        if sequence.adapter is None:
-            return
-        reason = self._residency.take_error(sequence.adapter)
-        for other in [s for s in self.waiting if s.adapter == sequence.adapter]:
-            self._fail(other, reason)
+        for ref in self._awaited():
+            if self._residency.state(ref) is ResidencyState.FAILED:
+                reason = self._residency.take_error(ref)
+                for sequence in [s for s in self.waiting if s.uses(ref)]:
+                    self._fail(sequence, reason)
 
     def _can_admit(self, sequence: Sequence, prefix: list[int]) -> bool:
-        """Whether its adapter and all its tokens so far fit beside what is in use."""
+        """Whether its adapters and all its tokens so far fit beside what is in use."""
         pages = self._kv.pages_for(sequence.num_tokens) - len(prefix)
         pages += self._kv.idle_among(prefix)  # taken back into use, they are not evictable
-        if sequence.adapter is not None:
-            pages += self._residency.pages_to_acquire(sequence.adapter)
+        pages += sum(map(self._residency.pages_to_acquire, sequence.adapter_refs))
         return self._pool.can_allocate(pages)
 
     def _can_ever_run(self, sequence: Sequence) -> bool:
         """False, and the sequence has failed, when even an empty pool is too small for it."""
-        adapter = sequence.adapter
-        adapter_pages = 0 if adapter is None else self._residency.pages_needed(adapter)
+        refs = sequence.adapter_refs
+        adapter_pages = sum(map(self._residency.pages_needed, refs))
         longest = sequence.num_prompt_tokens + sequence.request.sampling.max_tokens
         pages = self._kv.pages_for(longest) + adapter_pages
-        if pages <= self._pool.num_pages:
+        pinned = self._residency.num_pinned_pages(besides=refs)
+        if pages + pinned <= self._pool.num_pages:
             return True
+        others = f", {pinned} of which pinned adapters hold" if pinned else ""
         self._fail(
             sequence,
             f"The request needs {pages} pages of the pool ({adapter_pages} of them for its "
-            f"adapter), but the pool has {self._pool.num_pages}: ask for fewer tokens, or start "
-            "the server with a larger pool.",
+            f"adapters), but the pool has {self._pool.num_pages}{others}: ask for fewer tokens, "
+            "or start the server with a larger pool.",
         )
         return False
 
@@ -201,14 +216,17 @@ class Scheduler:
     def _leave_queue(self, sequence: Sequence) -> None:
         """Out of the waiting; what was loaded for it goes if nobody else waits for it."""
         self.waiting.remove(sequence)
-        if sequence.adapter and all(s.adapter != sequence.adapter for s in self.waiting):
-            self._residency.drop_unused(sequence.adapter)
+        for ref in sequence.adapter_refs:
+            if not any(other.uses(ref) for other in self.waiting):
+                self._residency.drop_unused(ref)
 
     def _admit(self, sequence: Sequence, prefix: list[int], budget: int) -> int:
         """Cannot fail after `_can_admit`. Returns the tokens that it computes in this step."""
         self._kv.admit(sequence, prefix)
-        if sequence.adapter is not None:
-            self._residency.acquire(sequence.adapter)
+        # Idle ones first: room for the others must not be made of them.
+        refs = sorted(sequence.adapter_refs, key=lambda ref: not self._residency.is_resident(ref))
+        for ref in refs:
+            self._residency.acquire(ref)
         self.running.append(sequence)
         count = min(sequence.num_uncomputed, budget)
         self._kv.grow(sequence, sequence.num_computed + count)
@@ -216,10 +234,12 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self._kv.release(sequence)
-        if sequence.adapter is not None:
-            self._residency.release(sequence.adapter)
+        for ref in sequence.adapter_refs:
+            self._residency.release(ref)
 
     def _namespace(self, sequence: Sequence) -> str:
-        if sequence.adapter is None:
+        if not sequence.adapters:
             return BASE_NAMESPACE
-        return self._residency.digest(sequence.adapter)
+        return sum_digest(
+            [(self._residency.digest(share.ref), share.weight) for share in sequence.adapters]
+        )

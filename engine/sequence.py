@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from polydelta.adapters_store.catalog import AdapterRef
+from polydelta.adapters_store.composition import Shares
+from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.request import GenerationRequest, OutputHandler, TokenLogprob
 
 
@@ -35,8 +36,16 @@ class Sequence:
         return self.request.request_id
 
     @property
-    def adapter(self) -> AdapterRef | None:
-        return self.request.adapter
+    def adapters(self) -> Shares:
+        return self.request.adapters
+
+    @property
+    def adapter_refs(self) -> list[AdapterRef]:
+        """Versions that must be in the pool while the sequence runs; each once."""
+        return [share.ref for share in self.request.adapters]
+
+    def uses(self, ref: AdapterRef) -> bool:
+        return any(share.ref == ref for share in self.request.adapters)
 
     @property
     def num_tokens(self) -> int:

@@ -114,11 +114,9 @@ class StatsRecorder:
         )
 
     def _waits_for_adapter(self, sequence: Sequence) -> bool:
-        return sequence.adapter is not None and self._residency.state(sequence.adapter) in (
-            ResidencyState.ON_DISK,
-            ResidencyState.LOADING_TO_HOST,
-        )
+        loading = (ResidencyState.ON_DISK, ResidencyState.LOADING_TO_HOST)
+        return any(self._residency.state(ref) in loading for ref in sequence.adapter_refs)
 
 
 def _adapter_ids(sequences: Seq[Sequence]) -> tuple[str, ...]:
-    return tuple(sorted({s.adapter.id for s in sequences if s.adapter}))
+    return tuple(sorted({ref.id for s in sequences for ref in s.adapter_refs}))

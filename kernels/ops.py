@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -78,10 +78,39 @@ class SparseWeights:
     values: Tensor
 
 
+class FusedDelta(Protocol):
+    """An adapter's change of one linear layer, ready to go into its weight and out of it again.
+
+    What is in the weight is `W + dW`, summed in float32 and rounded once to W's dtype; what is
+    there afterwards is W, bit for bit.
+    """
+
+    def fuse(self) -> None:
+        """Raises RuntimeError when something is in the weight already."""
+
+    def unfuse(self) -> None:
+        """Raises RuntimeError when this is not what is in the weight."""
+
+
+@runtime_checkable
+class FusableLinear(Protocol):
+    """A linear layer whose weight can take one adapter in."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def prepare(self, deltas: Sequence[LowRankWeights | SparseWeights]) -> FusedDelta:
+        """What fusing the sum of the deltas needs, made once. On any thread, whatever is in the
+        weight meanwhile; the deltas' memory is not needed after it. The memory that it takes is
+        that of the class that comes back.
+
+        Entries of one SparseWeights must differ; those of several may meet.
+        """
+
+
 class Kernels(Protocol):
     """One device's versions of every operation."""
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def linear(self, weight: Tensor, bias: Tensor | None) -> FusableLinear:
         """`x @ weight.T + bias`, the weight (`[out, in]`) laid out once as the device likes it."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polydelta.kernels.fusing import FusableWeight, FusedWeight, with_deltas
 from polydelta.kernels.ops import (
     AddDelta,
     AttentionShape,
-    Linear,
     LowRankWeights,
     SequenceSlice,
     SparseWeights,
@@ -25,11 +25,25 @@ class ReferencePlan:
     sequences: Sequence[SequenceSlice]
 
 
+class DenseLinear(FusableWeight):
+    """A linear layer with its weight as torch has it, `[out, in]`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight)
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight, self._bias)
+
+    def prepare(self, deltas: Sequence[LowRankWeights | SparseWeights]) -> FusedWeight:
+        return FusedWeight(self, with_deltas(self.base, deltas))
+
+
 class ReferenceKernels:
     """The truth that faster kernels are tested against; runs on any device."""
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return lambda x: torch.nn.functional.linear(x, weight, bias)
+    def linear(self, weight: Tensor, bias: Tensor | None) -> DenseLinear:
+        return DenseLinear(weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()

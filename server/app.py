@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
-from polydelta.adapters_store.catalog import AdapterCatalog
 from polydelta.server.auth import BearerAuth
 from polydelta.server.errors import install_error_handlers
 from polydelta.server.health import health_router
@@ -19,20 +18,26 @@ from polydelta.server.openai.models import models_router
 from polydelta.server.service import Service
 from polydelta.server.settings import ServerSettings
 
-if TYPE_CHECKING:  # the engine imports torch, which the routes do not need
+if TYPE_CHECKING:  # these import torch, which the routes do not need
+    from polydelta.adapters_store.store import AdapterStore
+    from polydelta.adapters_store.upload.publisher import Publisher
     from polydelta.engine.engine import Engine
 
 
-def create_app(engine: Engine, catalog: AdapterCatalog, settings: ServerSettings) -> FastAPI:
+def create_app(
+    engine: Engine, store: AdapterStore, publisher: Publisher, settings: ServerSettings
+) -> FastAPI:
     """An application over an engine that the caller starts and shuts down."""
     base_name = settings.served_model_name or engine.model_id
     service = Service(
         engine=engine,
-        catalog=catalog,
+        store=store,
+        publisher=publisher,
         metrics=Metrics(engine, base_name, settings.max_batch_size),
         base_name=base_name,
         started=int(time.time()),
     )
+    store.on_deleted(engine.forget_adapter)
     app = FastAPI(title="PolyDelta", version=version("polydelta"))
     install_error_handlers(app)
     app.include_router(health_router(service))

@@ -1,4 +1,4 @@
-"""`polydelta adapters list|inspect`: what is in adapter folders, and what would refuse them."""
+"""`polydelta adapters list|inspect|merge`: adapters on disk, and what would refuse them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from polydelta.adapters_store.catalog import AdapterCatalog
+from polydelta.adapters_store.folders import FolderCatalog
+from polydelta.server.cli_merge import merge
 from polydelta.server.settings import load_settings
 
 if TYPE_CHECKING:
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 COLUMNS = ("id", "format", "kinds", "ranks", "size", "modules")
 
 adapters = typer.Typer(
-    help="Look at adapters on disk.",
+    help="Look at adapters on disk, and merge them.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
+adapters.command("merge")(merge)
 
 
 @adapters.command("list")
@@ -49,7 +51,7 @@ def list_adapters(
 
     settings = load_settings(adapters=folders)
     table = Table(*COLUMNS, "looks sound")
-    for ref in AdapterCatalog(settings.adapters).list():
+    for ref in FolderCatalog(settings.adapters).list():
         summary = inspect(ref.path)
         table.add_row(*_cells(summary), _verdict(summary))
     Console().print(table)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import closing
 from queue import SimpleQueue
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from polydelta.adapters_store.catalog import AdapterCatalog
 from polydelta.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -20,6 +20,10 @@ from polydelta.engine.request import (
 from polydelta.server import options
 from polydelta.server.loading import load_engine
 from polydelta.server.settings import load_settings
+from polydelta.server.stores import disk_tier, open_store
+
+if TYPE_CHECKING:  # the engine imports torch, which takes seconds
+    from polydelta.engine.engine import Engine
 
 REQUEST_ID = "generate"
 
@@ -43,6 +47,7 @@ def generate(
     ] = True,
     model: options.Model = None,
     adapters: options.Adapters = None,
+    store: options.Store = None,
     dtype: options.Dtype = None,
     pool: options.Pool = None,
 ) -> None:
@@ -59,11 +64,30 @@ def generate(
     [cyan]polydelta generate --raw "Once upon a time" --temperature 0.8 --seed 1[/cyan]
     text continued as it stands
     """
-    settings = load_settings(model=model, adapters=adapters, dtype=dtype, pool=pool)
-    # Before the model loads: a wrong name should not cost the wait.
-    ref = AdapterCatalog(settings.adapters).resolve(adapter) if adapter else None
+    settings = load_settings(model=model, adapters=adapters, store=store, dtype=dtype, pool=pool)
     console = Console(stderr=True)
-    engine = load_engine(settings, console)
+    wanted = [(adapter, 1.0)] if adapter else []
+    # The name first: a wrong one should not cost the wait for the model.
+    with closing(open_store(settings)) as opened, opened.lease(wanted) as lease:
+        engine = load_engine(settings, console, disk_tier(opened, settings))
+        token_ids = _encode(engine, prompt, chat)
+        limit = min(max_tokens, engine.max_model_len - len(token_ids))
+        sampling = SamplingParams(max_tokens=limit, temperature=temperature, seed=seed)
+        request = GenerationRequest(REQUEST_ID, token_ids, sampling, lease.shares)
+        outputs: SimpleQueue[RequestOutput] = SimpleQueue()
+        engine.start()
+        try:
+            started = time.monotonic()
+            engine.submit(request, outputs.put)
+            count = _print_all(outputs)
+            seconds = time.monotonic() - started
+        finally:
+            engine.shutdown()
+    console.print(f"[dim]{count} tokens, {count / seconds:.1f} a second[/dim]")
+
+
+def _encode(engine: Engine, prompt: str, chat: bool) -> list[int]:
+    """Raises GenerateError for a prompt that cannot be answered."""
     try:
         if chat:
             token_ids = engine.tokenizer.chat([{"role": "user", "content": prompt}])
@@ -71,23 +95,12 @@ def generate(
             token_ids = engine.tokenizer.encode(prompt)
     except ValueError as error:
         raise GenerateError(f"{error} Try --raw.") from None
-    room = engine.max_model_len - len(token_ids)
-    if not token_ids or room < 1:
+    if not 0 < len(token_ids) < engine.max_model_len:
         raise GenerateError(
             f"The prompt has {len(token_ids)} tokens; it must have one at least, and leave room"
             f" in the context window of {engine.max_model_len}."
         )
-    sampling = SamplingParams(max_tokens=min(max_tokens, room), temperature=temperature, seed=seed)
-    outputs: SimpleQueue[RequestOutput] = SimpleQueue()
-    engine.start()
-    try:
-        started = time.monotonic()
-        engine.submit(GenerationRequest(REQUEST_ID, token_ids, sampling, ref), outputs.put)
-        count = _print_all(outputs)
-        seconds = time.monotonic() - started
-        console.print(f"[dim]{count} tokens, {count / seconds:.1f} a second[/dim]")
-    finally:
-        engine.shutdown()
+    return token_ids
 
 
 def _print_all(outputs: SimpleQueue[RequestOutput]) -> int:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from polydelta.adapters_store.catalog import AdapterCatalog
 from polydelta.server import options
 from polydelta.server.app import create_app
 from polydelta.server.loading import load_engine
 from polydelta.server.serving import Server, bind, url_of
 from polydelta.server.settings import ServerSettings, load_settings
+from polydelta.server.stores import disk_tier, make_publisher, open_store, pin_again
+
+if TYPE_CHECKING:  # the store imports torch, which takes seconds
+    from polydelta.adapters_store.store import AdapterStore
 
 # A catalog can hold tens of thousands of folders; the banner counts no further than this.
 COUNTED_ADAPTERS = 1000
@@ -28,12 +33,21 @@ def serve(
     dtype: options.Dtype = None,
     served_model_name: options.ServedModelName = None,
     max_model_len: options.MaxModelLen = None,
+    store: options.Store = None,
+    storage: options.Storage = None,
+    catalog: options.Catalog = None,
+    store_quota: options.StoreQuota = None,
+    packed_cache: options.PackedCache = None,
+    max_upload: options.MaxUpload = None,
+    max_adapter_rank: options.MaxAdapterRank = None,
+    adapter_root: options.AdapterRoot = None,
     pool: options.Pool = None,
     host_adapter_ram: options.HostAdapterRam = None,
     max_batch_tokens: options.MaxBatchTokens = None,
     max_batch_size: options.MaxBatchSize = None,
     block_size: options.BlockSize = None,
     prefix_caching: options.PrefixCaching = None,
+    fuse_after: options.FuseAfter = None,
     host: options.Host = None,
     port: options.Port = None,
     api_key: options.ApiKey = None,
@@ -54,6 +68,9 @@ def serve(
     [cyan]polydelta serve --model ./my-model --adapters ./adapters --port 9000[/cyan]
     a folder of your own, with your own adapters
 
+    [cyan]polydelta serve --store ./store --api-key SECRET[/cyan]
+    adapters that clients upload, in a folder of your choice
+
     [cyan]polydelta serve --pool 512MiB --max-model-len 2048[/cyan]
     on a machine with little memory
     """
@@ -63,12 +80,21 @@ def serve(
         dtype=dtype,
         served_model_name=served_model_name,
         max_model_len=max_model_len,
+        store=store,
+        storage=storage,
+        catalog=catalog,
+        store_quota=store_quota,
+        packed_cache=packed_cache,
+        max_upload=max_upload,
+        max_adapter_rank=max_adapter_rank,
+        adapter_root=adapter_root,
         pool=pool,
         host_adapter_ram=host_adapter_ram,
         max_batch_tokens=max_batch_tokens,
         max_batch_size=max_batch_size,
         block_size=block_size,
         prefix_caching=prefix_caching,
+        fuse_after=fuse_after,
         host=host,
         port=port,
         api_key=api_key,
@@ -76,32 +102,34 @@ def serve(
         log_level=log_level,
     )
     console = Console(stderr=True)
-    with bind(settings.host, settings.port) as bound:
-        engine = load_engine(settings, console)
-        catalog = AdapterCatalog(settings.adapters)
+    with bind(settings.host, settings.port) as bound, closing(open_store(settings)) as opened:
+        engine = load_engine(settings, console, disk_tier(opened, settings))
+        publisher = make_publisher(opened, engine, settings)
         base_name = settings.served_model_name or engine.model_id
 
-        def announce() -> None:
-            print_banner(console, url_of(bound), base_name, catalog, settings)
+        def on_ready() -> None:
+            pin_again(opened, engine)
+            print_banner(console, url_of(bound), base_name, opened, settings)
 
-        app = create_app(engine, catalog, settings)
-        Server(app, engine, settings, announce).serve_until_stopped(bound)
+        app = create_app(engine, opened, publisher, settings)
+        Server(app, engine, settings, on_ready).serve_until_stopped(bound)
 
 
 def print_banner(
     console: Console,
     url: str,
     base_name: str,
-    catalog: AdapterCatalog,
+    store: AdapterStore,
     settings: ServerSettings,
 ) -> None:
     """What is served and where, and one call that can be pasted."""
-    found = [ref.id for ref in islice(catalog.list(), COUNTED_ADAPTERS)]
+    found = list(islice(store.ids(), COUNTED_ADAPTERS))
     count = f"{len(found)} or more" if len(found) == COUNTED_ADAPTERS else str(len(found))
     names = ", ".join(found[:NAMED_ADAPTERS]) + (", ..." if len(found) > NAMED_ADAPTERS else "")
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", escape(f"{base_name} ({settings.dtype})"))
     facts.add_row("adapters", f"{count} ({names})" if found else "none")
+    facts.add_row("uploads", escape(str(settings.store)))
     facts.add_row("pool", settings.pool.human_readable())
     facts.add_row("docs", f"{url}/docs")
     console.print(Panel(facts, title=f"PolyDelta at {url}", expand=False))

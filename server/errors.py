@@ -22,6 +22,9 @@ TYPES = {
     401: "AuthenticationError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
+    409: "ConflictError",
+    413: "PayloadTooLargeError",
     422: "UnprocessableEntityError",
     500: "InternalServerError",
     501: "NotImplementedError",
@@ -70,9 +73,9 @@ def field_path(location: Sequence[int | str]) -> str | None:
 
 
 def explain(error: Mapping[str, Any]) -> tuple[str, str | None]:
-    """One pydantic error of a request body as (message, param)."""
-    location = [part for part in error["loc"] if part != "body"]
-    param = field_path(location)
+    """One pydantic error of a request as (message, param)."""
+    # The first part says where it is: "body", "query" or "path".
+    param = field_path(error["loc"][1:])
     match error["type"]:
         case "json_invalid":
             where = error["loc"][-1]

@@ -10,10 +10,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from polydelta.server.settings import ServerSettings
 
 if TYPE_CHECKING:  # the engine imports torch, which takes seconds
+    from polydelta.engine.build import MakeLoader
     from polydelta.engine.engine import Engine
 
 
-def load_engine(settings: ServerSettings, console: Console) -> Engine:
+def load_engine(settings: ServerSettings, console: Console, make_loader: MakeLoader) -> Engine:
     """The engine, built and not yet started. Raises ModelError."""
     # Here and not above: `polydelta --help` must not wait for torch.
     from polydelta.engine.build import build_engine
@@ -29,4 +30,4 @@ def load_engine(settings: ServerSettings, console: Console) -> Engine:
                 stages[stage] = progress.add_task(stage, total=total)
             progress.update(stages[stage], completed=done, total=total)
 
-        return build_engine(settings.model, settings.engine_config, report)
+        return build_engine(settings.model, settings.engine_config, report, make_loader)

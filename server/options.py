@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 from polydelta.server.settings import ServerSettings
 
 MODEL = "Model and adapters"
+STORE = "Uploaded adapters"
 MEMORY = "Memory and batching"
 HTTP = "HTTP"
 
@@ -39,6 +40,15 @@ Adapters = Annotated[list[Path] | None, setting("adapters", "--adapters", MODEL,
 Dtype = Annotated[str | None, setting("dtype", "--dtype", MODEL, "bfloat16|float32")]
 MaxModelLen = Annotated[int | None, setting("max_model_len", "--max-model-len", MODEL)]
 
+Store = Annotated[Path | None, setting("store", "--store", STORE, "DIR")]
+Storage = Annotated[str | None, setting("storage", "--storage", STORE, "URL")]
+Catalog = Annotated[str | None, setting("catalog", "--catalog", STORE, "URL")]
+StoreQuota = Annotated[str | None, setting("store_quota", "--store-quota", STORE, "SIZE")]
+PackedCache = Annotated[str | None, setting("packed_cache", "--packed-cache", STORE, "SIZE")]
+MaxUpload = Annotated[str | None, setting("max_upload", "--max-upload", STORE, "SIZE")]
+MaxAdapterRank = Annotated[int | None, setting("max_adapter_rank", "--max-adapter-rank", STORE)]
+AdapterRoot = Annotated[list[Path] | None, setting("adapter_root", "--adapter-root", STORE, "DIR")]
+
 Pool = Annotated[str | None, setting("pool", "--pool", MEMORY, "SIZE")]
 HostAdapterRam = Annotated[
     str | None, setting("host_adapter_ram", "--host-adapter-ram", MEMORY, "SIZE")
@@ -50,6 +60,8 @@ PrefixCaching = Annotated[
     bool | None,
     setting("prefix_caching", "--prefix-caching/--no-prefix-caching", MEMORY),
 ]
+
+FuseAfter = Annotated[int | None, setting("fuse_after", "--fuse-after", MEMORY, "STEPS")]
 
 Host = Annotated[str | None, setting("host", "--host", HTTP)]
 Port = Annotated[int | None, setting("port", "--port", HTTP)]

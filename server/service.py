@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from polydelta.adapters_store.catalog import AdapterCatalog, AdapterRef
-from polydelta.adapters_store.errors import UnknownAdapterError
+from polydelta.adapters_store.errors import CompositionError, StoreError, UnknownAdapterError
+from polydelta.adapters_store.leases import Lease
+from polydelta.adapters_store.reference import AdapterRef
 from polydelta.server.errors import ApiError
 from polydelta.server.metrics import Metrics
 
-if TYPE_CHECKING:  # the engine imports torch, which the routes do not need
+if TYPE_CHECKING:  # these import torch, which the routes do not need
+    from polydelta.adapters_store.store import AdapterStore
+    from polydelta.adapters_store.upload.publisher import Publisher
     from polydelta.engine.engine import Engine
 
 
@@ -19,7 +24,8 @@ class Service:
     """The engine, the adapters that can be asked for, and what is measured."""
 
     engine: Engine
-    catalog: AdapterCatalog
+    store: AdapterStore
+    publisher: Publisher
     metrics: Metrics
     # What clients call the base model.
     base_name: str
@@ -32,10 +38,35 @@ class Service:
             raise ApiError(503, "The engine has stopped and takes no requests.")
 
     def resolve(self, name: str) -> AdapterRef | None:
-        """The adapter that a `model` field names; None for the base model. Raises ApiError."""
+        """The adapter that a name means now; None for the base model. Raises ApiError."""
         if name == self.base_name:
             return None
         try:
-            return self.catalog.resolve(name)
+            return self.store.resolve(name)
         except UnknownAdapterError as error:
             raise ApiError(404, f"model: {error}", "model") from None
+
+    async def lease(self, model: str, adapters: Sequence[tuple[str, float]]) -> Lease:
+        """The adapters that a request's `model` and `adapters` mean, in use until it is released.
+
+        Raises ApiError.
+        """
+        if model == self.base_name and not adapters:
+            return Lease(model, (), (), lambda: None)
+        if model != self.base_name and adapters:
+            raise ApiError(
+                400,
+                f"model: with the field adapters it must be the base model, {self.base_name!r}; "
+                "put the adapter into the list.",
+                "model",
+            )
+        param = "adapters" if adapters else "model"
+        try:
+            # The catalog is a database: the loop does not wait for it.
+            return await asyncio.to_thread(self.store.lease, adapters or [(model, 1.0)])
+        except UnknownAdapterError as error:
+            raise ApiError(404, f"{param}: {error}", param) from None
+        except CompositionError as error:
+            raise ApiError(400, str(error), param) from None
+        except StoreError as error:
+            raise ApiError(503, str(error)) from None

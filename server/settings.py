@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from platformdirs import user_data_path
 from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -45,6 +46,40 @@ class ServerSettings(BaseSettings):
         description="Folder of adapters, one in each subfolder; may be given several times."
         " Without it, the samples that come with the package.",
     )
+    store: Path = Field(
+        default_factory=lambda: user_data_path("polydelta", appauthor=False) / "store",
+        description="Folder of uploaded adapters and their catalog; made if it is not there."
+        " Without it, one in your user data folder.",
+    )
+    storage: str | None = Field(
+        None,
+        min_length=1,
+        description="Where uploaded files lie instead, such as s3://bucket/adapters; the store's"
+        " folder is their cache then.",
+    )
+    catalog: SecretStr | None = Field(
+        None,
+        min_length=1,
+        description="Database of the catalog, such as postgresql+psycopg://user@host/name; without"
+        " it, a file in the store's folder.",
+    )
+    store_quota: ByteSize = Field(
+        ByteSize(64 << 30), gt=0, description="Most that all uploaded files take together."
+    )
+    packed_cache: ByteSize = Field(
+        ByteSize(64 << 30),
+        gt=0,
+        description="Most that adapters take on disk in the form in which they are loaded.",
+    )
+    max_upload: ByteSize = Field(
+        ByteSize(2 << 30), gt=0, description="Largest upload, as sent and as unpacked."
+    )
+    max_adapter_rank: int = Field(1024, gt=0, description="Largest rank that an upload may have.")
+    adapter_root: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (),
+        description="Folder below which clients may name adapters by path; may be given several"
+        " times. Those of --adapters always are.",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     dtype: Literal["bfloat16", "float32"] = Field(
@@ -67,6 +102,12 @@ class ServerSettings(BaseSettings):
         ByteSize(2 << 30), gt=0, description="Host memory for adapters that are kept ready."
     )
     prefix_caching: bool = Field(True, description="Reuse the KV cache of shared prompt starts.")
+    fuse_after: int | None = Field(
+        None,
+        ge=0,
+        description="Steps in which all requests use one adapter before it is written into the base"
+        " weights, and taken out when another comes. Without it, never.",
+    )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="Key that /v1 asks for; may be given several times. Without it, none."
     )
@@ -79,13 +120,13 @@ class ServerSettings(BaseSettings):
         "warning", description="How much is logged; info has a line for each request."
     )
 
-    @field_validator("adapters", mode="before")
+    @field_validator("adapters", "adapter_root", mode="before")
     @classmethod
     def split_paths(cls, value: object) -> object:
         """The environment holds several folders the way PATH does."""
         return value.split(os.pathsep) if isinstance(value, str) else value
 
-    @field_validator("adapters")
+    @field_validator("adapters", "adapter_root")
     @classmethod
     def folders_exist(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
         for path in value:
@@ -117,6 +158,7 @@ class ServerSettings(BaseSettings):
             pool_bytes=int(self.pool),
             host_adapter_bytes=int(self.host_adapter_ram),
             prefix_caching=self.prefix_caching,
+            fuse_after=self.fuse_after,
         )
 
 

@@ -6,20 +6,28 @@ Messages name files, never folders: they go to clients.
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from polydelta.adapters_store.catalog import CONFIG_FILE, WEIGHTS_FILE
 from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.formats.safetensors_header import Header, read_header
+from polydelta.adapters_store.reference import CONFIG_FILE, WEIGHTS_FILE
 
 PICKLE_FILE = "adapter_model.bin"
 
 # PEFT's own configs are some kilobytes; one that lists every module of a large model, some hundred.
 MAX_CONFIG_BYTES = 1 << 20
+
+# Bytes that are read at a time of a file that is not kept in memory.
+CHUNK_BYTES = 1 << 20
 
 Shape = tuple[int, ...]
 
@@ -41,9 +49,14 @@ def read_config_bytes(folder: Path) -> bytes:
 
 
 def read_weights_bytes(folder: Path) -> bytes:
-    """Raises InvalidAdapterError when the weights cannot be read, or are a pickle by name."""
+    """The whole file, once its header is known to fit its size. Raises InvalidAdapterError when it
+    cannot be read, is no safetensors file, or is a pickle by name."""
     try:
-        return _weights_path(folder).read_bytes()
+        with open(_weights_path(folder), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            _check_header(file, size)
+            file.seek(0)
+            return file.read(size)
     except OSError as error:
         raise InvalidAdapterError(_unreadable(WEIGHTS_FILE, error)) from None
 
@@ -55,6 +68,7 @@ def parse_weights(content: bytes) -> dict[str, Tensor]:
     the process, and the bytes that were digested are the ones that are served.
     Raises InvalidAdapterError.
     """
+    _check_header(BytesIO(content), len(content))
     try:
         return load(content)
     except (SafetensorError, KeyError, ValueError) as error:
@@ -64,16 +78,11 @@ def parse_weights(content: bytes) -> dict[str, Tensor]:
 def read_shapes(folder: Path) -> dict[str, Shape]:
     """Tensor names and shapes, from the header alone. Raises InvalidAdapterError."""
     try:
-        path = _weights_path(folder)
-        with safe_open(path, framework="pt") as file:
-            names: list[str] = file.keys()
-            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        with open(_weights_path(folder), "rb") as file:
+            header = _check_header(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise InvalidAdapterError(_unreadable(WEIGHTS_FILE, error)) from None
-    except SafetensorError as error:
-        with open(path, "rb") as file:
-            start = file.read(2)
-        raise InvalidAdapterError(_not_safetensors(start, error)) from None
+    return {name: tensor.shape for name, tensor in header.tensors.items()}
 
 
 def content_digest(config: bytes, weights: bytes) -> str:
@@ -84,6 +93,33 @@ def content_digest(config: bytes, weights: bytes) -> str:
         digest.update(len(content).to_bytes(8, "little"))
         digest.update(content)
     return digest.hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """The `content_digest` of a folder's files, which are read in chunks.
+
+    Raises InvalidAdapterError when they cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        try:
+            with open(folder / name, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(size.to_bytes(8, "little"))
+                for chunk in read_chunks(file):
+                    digest.update(chunk)
+                done = file.tell()
+        except OSError as error:
+            raise InvalidAdapterError(_unreadable(name, error)) from None
+        if done != size:
+            raise InvalidAdapterError(f"{name} has changed while it was read: ask again.")
+    return digest.hexdigest()
+
+
+def read_chunks(file: BinaryIO) -> Iterator[bytes]:
+    """The rest of a file, in pieces of CHUNK_BYTES."""
+    while chunk := file.read(CHUNK_BYTES):
+        yield chunk
 
 
 def to_float32(name: str, tensor: Tensor) -> Tensor:
@@ -102,6 +138,14 @@ def to_float32(name: str, tensor: Tensor) -> Tensor:
             "take an earlier checkpoint."
         )
     return values
+
+
+def _check_header(file: BinaryIO, size: int) -> Header:
+    try:
+        return read_header(file, size)
+    except ValueError as error:
+        file.seek(0)
+        raise InvalidAdapterError(_not_safetensors(file.read(2), error)) from None
 
 
 def _weights_path(folder: Path) -> Path:

@@ -6,15 +6,15 @@ of the same config, so a reader that skips what it does not know computes other 
 
 from __future__ import annotations
 
-import json
 import reprlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from polydelta.adapters_store.catalog import CONFIG_FILE
 from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.formats.strict_json import parse_json
+from polydelta.adapters_store.reference import CONFIG_FILE
 
 Config = Mapping[str, Any]
 
@@ -43,7 +43,9 @@ class KeyRules:
                 "this option is not known here, so what it does to the weights is not either: "
                 "remove the key if it is about training only",
             )
-            raise InvalidAdapterError(f"{CONFIG_FILE}: {key} is {reprlib.repr(value)}; {reason}.")
+            # A key of the client's own making may be of any length, and hold any characters.
+            shown = key if key.isidentifier() and len(key) <= 80 else repr(key[:80])
+            raise InvalidAdapterError(f"{CONFIG_FILE}: {shown} is {reprlib.repr(value)}; {reason}.")
 
 
 # Keys that every PEFT config has.
@@ -74,8 +76,8 @@ COMMON_REFUSED = {
 def parse_config(content: bytes) -> dict[str, Any]:
     """The config as a JSON object. Raises InvalidAdapterError."""
     try:
-        config = json.loads(content, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        config = parse_json(content)
+    except ValueError as error:
         raise InvalidAdapterError(
             f"{CONFIG_FILE} is not valid JSON ({error}): save the adapter again."
         ) from None
@@ -123,10 +125,6 @@ def _wrong(field: str, value: object, wanted: str) -> InvalidAdapterError:
     return InvalidAdapterError(
         f"{CONFIG_FILE}: {field} is {reprlib.repr(value)}, but must be {wanted}."
     )
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _is_off(value: object) -> bool:

@@ -11,10 +11,10 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from polydelta.adapters_store.base_layout import BaseLayout
-from polydelta.adapters_store.catalog import CONFIG_FILE
 from polydelta.adapters_store.delta import Delta, LowRank
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.files import Shape, to_float32
@@ -36,6 +36,7 @@ from polydelta.adapters_store.formats.peft_tensors import (
     check_shape,
     group_by_module,
 )
+from polydelta.adapters_store.reference import CONFIG_FILE
 
 KEY_RULES = KeyRules(
     honoured=frozenset(
@@ -144,8 +145,18 @@ def read(
         check_shape(names[_A], shapes[names[_A]], (rank, in_features), "the base model's layer")
         check_shape(names[_B], shapes[names[_B]], (out_features, rank), "the base model's layer")
         a, b = (to_float32(names[parameter], tensors[names[parameter]]) for parameter in (_A, _B))
-        deltas[module] = (LowRank(a, b * scaling.scale(module)),)
+        deltas[module] = (LowRank(a, _scaled(names[_B], b, scaling.scale(module))),)
     return deltas
+
+
+def _scaled(name: str, b: Tensor, scale: float) -> Tensor:
+    scaled = b * scale
+    if not torch.isfinite(scaled).all():
+        raise InvalidAdapterError(
+            f"Tensor {name!r} times its scale of {scale:g} is more than float32 holds: check "
+            f"lora_alpha and alpha_pattern in {CONFIG_FILE}."
+        )
+    return scaled
 
 
 def _check_config(config: Config) -> _Scaling:

@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from polydelta.adapters_store.base_layout import BaseLayout
-from polydelta.adapters_store.catalog import WEIGHTS_FILE
 from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.reference import WEIGHTS_FILE
 
 _PREFIX = "base_model.model."
 _EMBEDDINGS = ("embed_tokens", "lm_head")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from polydelta.adapters_store.base_layout import BaseLayout
-from polydelta.adapters_store.catalog import AdapterRef, signature
 from polydelta.adapters_store.delta import Adapter
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.files import (
@@ -14,6 +13,7 @@ from polydelta.adapters_store.formats.files import (
 )
 from polydelta.adapters_store.formats.peft_config import parse_config
 from polydelta.adapters_store.formats.registry import format_of
+from polydelta.adapters_store.reference import AdapterRef, signature
 
 
 def read_adapter(ref: AdapterRef, layout: BaseLayout) -> Adapter:
@@ -35,4 +35,9 @@ def read_adapter(ref: AdapterRef, layout: BaseLayout) -> Adapter:
         )
     modules = parser.read(config, parse_weights(weights_bytes), layout)
     digest = content_digest(config_bytes, weights_bytes)
+    if ref.digest not in (None, digest):
+        raise InvalidAdapterError(
+            f"The files of adapter {ref.name!r} are not those that were uploaded: the disk has "
+            "damaged them; upload them again."
+        )
     return Adapter(ref.id, ref.version, digest, name, modules)

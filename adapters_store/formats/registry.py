@@ -8,13 +8,13 @@ from typing import Protocol
 from torch import Tensor
 
 from polydelta.adapters_store.base_layout import BaseLayout
-from polydelta.adapters_store.catalog import CONFIG_FILE
 from polydelta.adapters_store.delta import Delta
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats import peft_lora, peft_shira
 from polydelta.adapters_store.formats.files import Shape
 from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import Config
+from polydelta.adapters_store.reference import CONFIG_FILE
 
 
 class Format(Protocol):

@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polydelta.kernels.cpu import attention, deltas, native
-from polydelta.kernels.cpu.linear import packed_linear
+from polydelta.kernels.cpu.linear import PackedLinear
 from polydelta.kernels.ops import (
     AddDelta,
     AttentionShape,
-    Linear,
+    FusableLinear,
     LowRankWeights,
     SequenceSlice,
     SparseWeights,
 )
+from polydelta.kernels.reference import DenseLinear
 
 
 class CpuKernels:
@@ -28,8 +29,10 @@ class CpuKernels:
     def __init__(self) -> None:
         self._native = native.load()
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return packed_linear(weight, bias)
+    def linear(self, weight: Tensor, bias: Tensor | None) -> FusableLinear:
+        if not torch.backends.mkldnn.is_available():
+            return DenseLinear(weight, bias)
+        return PackedLinear(weight, bias, self._native)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)

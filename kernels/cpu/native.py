@@ -1,4 +1,4 @@
-"""Compiles `low_rank.c` with the machine's C compiler, once, and calls it.
+"""Compiles the C files beside it with the machine's C compiler, once, and calls them.
 
 The library is kept in the user's cache folder, under a digest of its source, its flags and the
 machine. Where there is no compiler, `load` returns None and torch computes instead.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from polydelta.kernels.ops import LowRankWeights
 
+_SOURCES = ("low_rank.c", "fusing.c")
 # Sums may be taken in any order, or no loop of them becomes vectors. Not -ffast-math: a library
 # linked with it switches subnormal numbers off in the whole process when it is loaded.
 _FLAGS = (
@@ -102,12 +103,18 @@ class NativeLibrary:
 
     def __init__(self, path: Path) -> None:
         # PyDLL: the calls take microseconds, less than giving the interpreter's lock away and back.
-        self.add_low_rank = ctypes.PyDLL(str(path)).polydelta_add_low_rank
+        library = ctypes.PyDLL(str(path))
+        self.add_low_rank = library.polydelta_add_low_rank
         integer, pointer = ctypes.c_int64, ctypes.c_void_p
         self.add_low_rank.argtypes = (
             pointer, integer, pointer, integer, integer, pointer, pointer,
         )  # fmt: skip
         self.add_low_rank.restype = None
+        # By the bytes of an element.
+        self._scatters = {2: library.polydelta_scatter_16, 4: library.polydelta_scatter_32}
+        for scatter in self._scatters.values():
+            scatter.argtypes = (pointer, pointer, pointer, integer)
+            scatter.restype = None
         self._scratch = torch.empty(0)
 
     def scratch(self, count: int) -> int:
@@ -116,15 +123,23 @@ class NativeLibrary:
             self._scratch = torch.empty(count)
         return self._scratch.data_ptr()
 
+    def scatter(self, memory: Tensor, places: Tensor, values: Tensor) -> None:
+        """`memory[places] = values`, for 2 or 4 bytes an element; the quicker the more the places
+        ascend. memory: `[*]`; places: `[n]` int32, each within it; values: `[n]`; all dense."""
+        self._scatters[values.element_size()](
+            memory.data_ptr(), places.data_ptr(), values.data_ptr(), len(places)
+        )
+
 
 def load() -> NativeLibrary | None:
     """The library, compiled if it is not in the cache; None where it cannot be had."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return None
-    source = files("polydelta.kernels.cpu").joinpath("low_rank.c").read_bytes()
+    folder = files("polydelta.kernels.cpu")
+    source = b"".join(folder.joinpath(name).read_bytes() for name in _SOURCES)
     key = hashlib.sha256(source + " ".join((compiler, *_FLAGS, _machine())).encode()).hexdigest()
-    path = _cache_folder() / f"low_rank-{key[:16]}.so"
+    path = _cache_folder() / f"kernels-{key[:16]}.so"
     try:
         if not path.is_file():
             _compile(compiler, source, path)

@@ -36,13 +36,12 @@ def chat_router(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=ChatCompletion)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, as the base model or as an adapter."""
-        reply, requests = await _prepare(service, body)
-        generation = Generation(service.engine, requests, service.metrics)
+        reply, generation = await _prepare(service, body)
         if body.stream:
             return EventStream(generation, reply.chunks(generation))
         with generation:
             choices = await unless_client_leaves(
-                request, collect(generation, len(requests), reply.usage)
+                request, collect(generation, len(generation), reply.usage)
             )
         completion = reply.whole(choices)
         return Response(completion.model_dump_json(), media_type="application/json")
@@ -50,13 +49,10 @@ def chat_router(service: Service) -> APIRouter:
     return router
 
 
-async def _prepare(
-    service: Service, body: ChatRequest
-) -> tuple[ChatReply, list[GenerationRequest]]:
-    """The reply to be written, and the engine's requests, one a choice. Raises ApiError."""
+async def _prepare(service: Service, body: ChatRequest) -> tuple[ChatReply, Generation]:
+    """The reply to be written, and what it is made of. Raises ApiError."""
     service.check_alive()
     engine = service.engine
-    adapter = service.resolve(body.model)
     prompt = await encode_chat(engine, body.messages)
     reply = ChatReply(service, body, prompt)
     limit_name = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
@@ -64,11 +60,12 @@ async def _prepare(
     limit = output_limit(engine, len(prompt), wanted, limit_name)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = sampling_params(engine, body, limit, logprobs)
+    lease = await service.lease(body.model, body.weighted_adapters)
     requests = [
-        GenerationRequest(f"{reply.id}-{index}", prompt, choice, adapter)
+        GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares)
         for index, choice in enumerate(for_choices(sampling, body.n))
     ]
-    return reply, requests
+    return reply, Generation(engine, requests, service.metrics, lease)
 
 
 class ChatReply:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from fastapi import APIRouter, Request, Response
 
-from polydelta.engine.request import GenerationRequest, TokenLogprob
+from polydelta.engine.request import GenerationRequest, SamplingParams, TokenLogprob
 from polydelta.server.openai.collect import WholeChoice, collect
 from polydelta.server.openai.generation import Generation, unless_client_leaves
 from polydelta.server.openai.logprobs import CompletionLogprobsWriter
@@ -35,13 +35,12 @@ def completions_router(service: Service) -> APIRouter:
     @router.post("/v1/completions", response_model=Completion)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or many, with the base model or an adapter."""
-        reply, requests = await _prepare(service, body)
-        generation = Generation(service.engine, requests, service.metrics)
+        reply, generation = await _prepare(service, body)
         if body.stream:
             return EventStream(generation, reply.chunks(generation))
         with generation:
             choices = await unless_client_leaves(
-                request, collect(generation, len(requests), reply.usage)
+                request, collect(generation, len(generation), reply.usage)
             )
         completion = reply.whole(choices)
         return Response(
@@ -51,25 +50,25 @@ def completions_router(service: Service) -> APIRouter:
     return router
 
 
-async def _prepare(
-    service: Service, body: CompletionRequest
-) -> tuple[CompletionReply, list[GenerationRequest]]:
-    """The reply to be written, and the engine's requests prompt by prompt. Raises ApiError."""
+async def _prepare(service: Service, body: CompletionRequest) -> tuple[CompletionReply, Generation]:
+    """The reply to be written, and what it is made of, prompt by prompt. Raises ApiError."""
     service.check_alive()
     engine = service.engine
-    adapter = service.resolve(body.model)
     prompts = await encode_prompts(engine, body.prompt)
     reply = CompletionReply(service, body, prompts)
-    requests: list[GenerationRequest] = []
+    choices: list[tuple[Sequence[int], SamplingParams]] = []
     for prompt in prompts:
         limit = output_limit(
             engine, len(prompt), body.max_tokens, "max_tokens", default=DEFAULT_MAX_TOKENS
         )
         sampling = sampling_params(engine, body, limit, body.logprobs)
-        for choice in for_choices(sampling, body.n):
-            request_id = f"{reply.id}-{len(requests)}"
-            requests.append(GenerationRequest(request_id, prompt, choice, adapter))
-    return reply, requests
+        choices += [(prompt, choice) for choice in for_choices(sampling, body.n)]
+    lease = await service.lease(body.model, body.weighted_adapters)
+    requests = [
+        GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares)
+        for index, (prompt, choice) in enumerate(choices)
+    ]
+    return reply, Generation(engine, requests, service.metrics, lease)
 
 
 class CompletionReply:

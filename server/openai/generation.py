@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from fastapi import Request
 
+from polydelta.adapters_store.leases import Lease
 from polydelta.engine.request import FinishReason, GenerationRequest, RequestOutput
 from polydelta.server.errors import ApiError
 from polydelta.server.metrics import Metrics
@@ -30,23 +31,33 @@ CLIENT_GONE = 499
 
 
 class Generation:
-    """Submits the requests on entry; on exit aborts all that have not finished, however it ends.
+    """Submits the requests on entry; on exit aborts all that have not finished, however it ends,
+    and gives the adapters' lease back.
 
     Choice `i` is the output of `requests[i]`. Belongs to the event loop that it was entered on.
     """
 
     def __init__(
-        self, engine: Engine, requests: Sequence[GenerationRequest], metrics: Metrics
+        self,
+        engine: Engine,
+        requests: Sequence[GenerationRequest],
+        metrics: Metrics,
+        lease: Lease,
     ) -> None:
         self._engine = engine
         self._requests = requests
         self._metrics = metrics
+        self._lease = lease
         self._outputs: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue()
         # Choice -> id of the request, while the engine still works on it.
         self._unfinished: dict[int, str] = {}
         # Choice -> when its latest token came, on the monotonic clock.
         self._last_token: dict[int, float] = {}
         self._started = 0.0
+
+    def __len__(self) -> int:
+        """The number of choices."""
+        return len(self._requests)
 
     def __enter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -57,6 +68,7 @@ class Generation:
                 self._unfinished[index] = request.request_id
         except RuntimeError:
             self._abort_unfinished()
+            self._lease.release()
             if self._engine.alive:
                 raise
             raise ApiError(503, "The engine has stopped and takes no requests.") from None
@@ -64,6 +76,8 @@ class Generation:
 
     def __exit__(self, *_: object) -> None:
         self._abort_unfinished()
+        # After the aborts: the engine forgets a deleted version only when nobody runs with it.
+        self._lease.release()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Outputs as they come, choices interleaved, until every choice has finished.
@@ -108,10 +122,9 @@ class Generation:
         if not self._engine.alive:
             return ApiError(503, reason)
         # A living engine fails a request only for what the request asks of it.
-        adapter = self._requests[index].adapter
-        if adapter is None:
+        if not self._requests[index].adapters:
             return ApiError(400, reason)
-        return ApiError(400, f"model: {adapter.name!r} cannot be served: {reason}", "model")
+        return ApiError(400, f"model: {self._lease.name!r} cannot be served: {reason}", "model")
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:

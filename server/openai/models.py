@@ -17,7 +17,7 @@ def models_router(service: Service) -> APIRouter:
     @router.get("/v1/models")
     def list_models() -> ModelList:
         """The base model first, then the adapters as the catalog finds them now."""
-        adapters = [_card(service, ref.id) for ref in service.catalog.list()]
+        adapters = [_card(service, adapter_id) for adapter_id in service.store.ids()]
         return ModelList(object="list", data=[_card(service, service.base_name), *adapters])
 
     @router.get("/v1/models/{name:path}")

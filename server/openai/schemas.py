@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from polydelta.adapters_store.composition import MAX_SHARES
+
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 MAX_STOPS = 16
@@ -123,10 +125,19 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
+class AdapterWeight(Body):
+    """One adapter of a sum."""
+
+    id: str = Field(min_length=1)
+    weight: float = 1.0
+
+
 class GenerationFields(Body):
     """What completions and chat share: how to sample, when to stop, how to answer."""
 
     model: str = Field(min_length=1)
+    # A weighted sum of adapters, in place of the one that `model` may name.
+    adapters: list[AdapterWeight] = Field(default_factory=list, max_length=MAX_SHARES)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(None, ge=1)
     stream: bool = False
@@ -152,6 +163,10 @@ class GenerationFields(Body):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+
+    @property
+    def weighted_adapters(self) -> list[tuple[str, float]]:
+        return [(adapter.id, adapter.weight) for adapter in self.adapters]
 
     @field_validator("stream_options")
     @classmethod

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from polydelta.adapters_store.base_layout import BaseLayout, FusedLinear, LinearPart
-from polydelta.adapters_store.catalog import AdapterRef
 from polydelta.adapters_store.delta import Adapter
 from polydelta.adapters_store.formats import read_adapter
+from polydelta.adapters_store.reference import AdapterRef
 
 HIDDEN, KV, INTERMEDIATE, LAYERS = 36, 12, 52, 3
 

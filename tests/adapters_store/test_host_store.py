@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from polydelta.adapters_store import host_store
-from polydelta.adapters_store.catalog import AdapterCatalog, AdapterRef
 from polydelta.adapters_store.delta import Adapter
 from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.adapters_store.host_store import HostStore
 from polydelta.adapters_store.packing import PackedAdapter
+from polydelta.adapters_store.reference import AdapterRef
 
 Open = Callable[..., HostStore]
 TIMEOUT = 30
@@ -34,8 +35,8 @@ def open_store(adapter_files: Any) -> Iterator[Open]:
 
 
 @pytest.fixture
-def catalog(adapter_files: Any) -> AdapterCatalog:
-    return AdapterCatalog([adapter_files.root])
+def catalog(adapter_files: Any) -> FolderCatalog:
+    return FolderCatalog([adapter_files.root])
 
 
 class Gate:
@@ -63,7 +64,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 
 def test_a_load_gives_the_packed_adapter(
-    open_store: Open, catalog: AdapterCatalog, adapter_files: Any
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any
 ) -> None:
     adapter_files.lora("one")
     packed = open_store().load(catalog.resolve("one")).result(TIMEOUT)
@@ -73,7 +74,7 @@ def test_a_load_gives_the_packed_adapter(
 
 
 def test_load_returns_before_the_files_are_read(
-    open_store: Open, catalog: AdapterCatalog, adapter_files: Any, gate: Gate
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
 ) -> None:
     adapter_files.lora("one")
     future = open_store().load(catalog.resolve("one"))
@@ -83,7 +84,7 @@ def test_load_returns_before_the_files_are_read(
 
 
 def test_many_who_ask_share_one_load(
-    open_store: Open, catalog: AdapterCatalog, adapter_files: Any, gate: Gate
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
 ) -> None:
     adapter_files.lora("one")
     store, ref = open_store(), catalog.resolve("one")
@@ -99,7 +100,7 @@ def test_many_who_ask_share_one_load(
 
 
 def test_a_kept_adapter_is_there_at_once_and_is_not_read_again(
-    open_store: Open, catalog: AdapterCatalog, adapter_files: Any, gate: Gate
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
 ) -> None:
     gate.opened.set()
     adapter_files.lora("one")
@@ -112,7 +113,7 @@ def test_a_kept_adapter_is_there_at_once_and_is_not_read_again(
 
 
 def test_a_new_version_is_another_load(
-    open_store: Open, catalog: AdapterCatalog, adapter_files: Any
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any
 ) -> None:
     store = open_store()
     adapter_files.lora("one")
@@ -124,7 +125,7 @@ def test_a_new_version_is_another_load(
 
 
 def test_the_least_recently_used_goes_first_when_the_bytes_run_out(
-    open_store: Open, catalog: AdapterCatalog, adapter_files: Any, gate: Gate
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
 ) -> None:
     gate.opened.set()
     for name in ("a", "b", "c"):
@@ -138,7 +139,7 @@ def test_the_least_recently_used_goes_first_when_the_bytes_run_out(
 
 
 def test_an_adapter_larger_than_the_store_is_handed_out_and_not_kept(
-    open_store: Open, catalog: AdapterCatalog, adapter_files: Any, gate: Gate
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
 ) -> None:
     gate.opened.set()
     adapter_files.lora("one")
@@ -148,7 +149,7 @@ def test_an_adapter_larger_than_the_store_is_handed_out_and_not_kept(
 
 
 def test_a_failed_load_says_why_and_the_next_one_tries_again(
-    open_store: Open, catalog: AdapterCatalog, adapter_files: Any, gate: Gate
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
 ) -> None:
     gate.opened.set()
     folder = adapter_files.lora("one")
@@ -163,7 +164,7 @@ def test_a_failed_load_says_why_and_the_next_one_tries_again(
 
 
 def test_files_that_changed_since_a_version_was_named_are_not_served_as_it(
-    open_store: Open, catalog: AdapterCatalog, adapter_files: Any, gate: Gate
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
 ) -> None:
     gate.opened.set()
     folder = adapter_files.lora("one")
@@ -177,7 +178,7 @@ def test_files_that_changed_since_a_version_was_named_are_not_served_as_it(
 
 
 def test_an_adapter_that_is_deleted_before_it_is_read_fails_by_name_of_the_file(
-    open_store: Open, catalog: AdapterCatalog, adapter_files: Any
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any
 ) -> None:
     folder = adapter_files.lora("one")
     ref = catalog.resolve("one")
@@ -187,7 +188,7 @@ def test_an_adapter_that_is_deleted_before_it_is_read_fails_by_name_of_the_file(
 
 
 def test_a_failure_that_nobody_foresaw_reaches_the_caller(
-    open_store: Open, catalog: AdapterCatalog, adapter_files: Any, monkeypatch: pytest.MonkeyPatch
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter_files.lora("one")
 
@@ -200,7 +201,7 @@ def test_a_failure_that_nobody_foresaw_reaches_the_caller(
 
 
 def test_one_who_waits_cannot_cancel_the_load_of_the_others(
-    open_store: Open, catalog: AdapterCatalog, adapter_files: Any, gate: Gate
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
 ) -> None:
     adapter_files.lora("one")
     store, ref = open_store(), catalog.resolve("one")
@@ -211,7 +212,7 @@ def test_one_who_waits_cannot_cancel_the_load_of_the_others(
 
 
 def test_a_callback_may_load_another_adapter(
-    open_store: Open, catalog: AdapterCatalog, adapter_files: Any
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any
 ) -> None:
     adapter_files.lora("one")
     adapter_files.lora("two")
@@ -223,7 +224,7 @@ def test_a_callback_may_load_another_adapter(
 
 
 def test_closing_ends_every_load_and_refuses_new_ones(
-    open_store: Open, catalog: AdapterCatalog, adapter_files: Any, gate: Gate
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
 ) -> None:
     for name in ("a", "b", "c"):
         adapter_files.lora(name)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from polydelta.adapters_store.catalog import AdapterRef
+from polydelta.adapters_store.composition import Share, combine
 from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.reference import AdapterRef
+from polydelta.engine.adapter_control import AdapterControl
 from polydelta.engine.eviction import CostModel
-from polydelta.engine.kv_cache import BASE_NAMESPACE, KVCache
+from polydelta.engine.kv_cache import KVCache
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.models.tokenizer import Tokenizer
 from polydelta.engine.pool import PagePool
@@ -56,12 +58,19 @@ class FakeHost:
     # Every load that was asked for, and those that have not ended.
     asked: list[str] = field(default_factory=list)
     pending: list[tuple[AdapterRef, Future[HostAdapter]]] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
 
     def load(self, ref: AdapterRef) -> Future[HostAdapter]:
         future: Future[HostAdapter] = Future()
         self.asked.append(ref.id)
         self.pending.append((ref, future))
         return future
+
+    def forget(self, ref: AdapterRef) -> None:
+        self.forgotten.append(ref.id)
+
+    def holds(self, ref: AdapterRef) -> bool:
+        return False
 
     def finish(self, adapter_id: str | None = None) -> None:
         """Ends the pending loads of one adapter, or all."""
@@ -77,6 +86,10 @@ class FakeHost:
         taken = [load for load in self.pending if adapter_id in (None, load[0].id)]
         self.pending = [load for load in self.pending if load not in taken]
         return taken
+
+
+def make_ref(adapter_id: str) -> AdapterRef:
+    return AdapterRef(adapter_id, 1, Path("unused"))
 
 
 class World:
@@ -103,7 +116,9 @@ class World:
         self.num_wakes = 0
         self.residency = Residency(self.pool, PAGE_BYTES, self.host, self._bind, costs, self._wake)
         self.scheduler = Scheduler(self.limits, self.pool, self.kv, self.residency)
+        self.control = AdapterControl(self.pool, self.kv, self.residency)
         self.recorder = StatsRecorder(self.pool, self.kv, self.residency, costs)
+        self.orders: list[Future[None]] = []
         self.submitted: list[Sequence] = []
         self.finished: list[Sequence] = []
         self.failed: dict[Sequence, str] = {}
@@ -119,17 +134,40 @@ class World:
     def submit(
         self, prompt: Iterable[int], adapter: str | None = None, max_tokens: int = 1
     ) -> Sequence:
-        ref = AdapterRef(adapter, 1, Path("unused")) if adapter else None
+        """adapter: an id, or several with a + between them."""
+        names = adapter.split("+") if adapter else []
         request = GenerationRequest(
-            str(len(self.submitted)), tuple(prompt), SamplingParams(max_tokens), ref
+            str(len(self.submitted)),
+            tuple(prompt),
+            SamplingParams(max_tokens),
+            combine(Share(make_ref(name)) for name in names),
         )
         sequence = Sequence(request, lambda output: None)
         self.submitted.append(sequence)
         self.scheduler.add(sequence)
         return sequence
 
+    def load(self, adapter: str, pin: bool = False) -> Future[None]:
+        """Orders an adapter into the pool, as an operator does."""
+        done: Future[None] = Future()
+        self.control.load(make_ref(adapter), pin, done)
+        self.orders.append(done)
+        return done
+
+    def unpin(self, adapter: str) -> None:
+        self.control.unpin(make_ref(adapter), Future())
+
+    def evict(self, adapter: str) -> Future[None]:
+        done: Future[None] = Future()
+        self.control.evict(make_ref(adapter), done)
+        return done
+
+    def forget(self, adapter: str) -> None:
+        self.control.forget(make_ref(adapter))
+
     def step(self) -> Schedule:
         """One turn of the engine's loop."""
+        self.control.advance()
         schedule = self.scheduler.schedule()
         self.failed |= {f.sequence: f.reason for f in self.scheduler.take_failures()}
         self._check_schedule(schedule)
@@ -148,7 +186,7 @@ class World:
     def drain(self) -> None:
         """Ends every load and steps until nobody is left; fails when that takes too long."""
         for _ in range(50 + 20 * sum(map(most_steps, self.live))):
-            if not self.live:
+            if not self.live and all(order.done() for order in self.orders):
                 return
             self.step()
             self.host.finish()
@@ -179,9 +217,7 @@ class World:
             assert not sequence.block_table
 
     def namespace(self, sequence: Sequence) -> str:
-        if sequence.adapter is None:
-            return BASE_NAMESPACE
-        return self.residency.digest(sequence.adapter)
+        return "+".join(sorted(map(self.residency.digest, sequence.adapter_refs)))
 
     def _wake(self) -> None:
         self.num_wakes += 1
@@ -204,14 +240,15 @@ class World:
         if not schedule and self.live:
             # The engine sleeps now, and only a load that ends can wake it.
             loading = {ref for ref, _ in self.host.pending}
-            assert any(s.adapter in loading for s in self.live), "would sleep for ever"
+            needed = {ref for s in self.live for ref in s.adapter_refs}
+            assert needed & loading, "would sleep for ever"
 
     def _compute(self, schedule: Schedule) -> None:
         for scheduled in schedule:
             self._visit(scheduled, write=True)
         for scheduled in schedule:
             self._visit(scheduled, write=False)
-            if (ref := scheduled.sequence.adapter) is not None:
+            for ref in scheduled.sequence.adapter_refs:
                 bound = self.scheduler.bound_adapter(ref)
                 assert isinstance(bound, FakeBound)
                 for page in bound.pages:

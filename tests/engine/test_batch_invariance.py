@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from polydelta.adapters_store.catalog import AdapterCatalog
+from polydelta.adapters_store.composition import Share
+from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.engine.engine import Engine
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.models.decoder import base_layout
@@ -34,7 +35,7 @@ def write_adapters(writer: Callable, checkpoint: Checkpoint) -> Path:
 
 
 def make_requests(
-    catalog: AdapterCatalog, max_prompt: int, max_tokens: int, seeded: bool = False
+    catalog: FolderCatalog, max_prompt: int, max_tokens: int, seeded: bool = False
 ) -> list[GenerationRequest]:
     """Base and every adapter in turn; prompts of odd lengths, some with a shared beginning."""
     chance = random.Random(5)
@@ -51,8 +52,8 @@ def make_requests(
             seed=number,
             ignore_eos=True,
         )
-        adapter = catalog.resolve(name) if name else None
-        requests.append(GenerationRequest(f"request-{number}", prompt, params, adapter))
+        adapters = (Share(catalog.resolve(name)),) if name else ()
+        requests.append(GenerationRequest(f"request-{number}", prompt, params, adapters))
     return requests
 
 
@@ -84,7 +85,7 @@ def test_answers_in_a_crowded_small_pool_equal_those_given_alone(
     run: Callable,
 ) -> None:
     root = write_adapters(adapter_writer, tiny_checkpoint)
-    requests = make_requests(AdapterCatalog([root]), 60, 40, seeded)
+    requests = make_requests(FolderCatalog([root]), 60, 40, seeded)
     with serve(tiny_checkpoint) as engine:
         alone = {r.request_id: run(engine, [r])[r.request_id].token_ids for r in requests}
         assert engine.stats().preemptions == 0
@@ -104,7 +105,7 @@ def test_the_default_model_answers_alike_alone_and_in_a_crowd(
     default_checkpoint: Checkpoint, adapter_writer: Callable, serve: Callable, run: Callable
 ) -> None:
     root = write_adapters(adapter_writer, default_checkpoint)
-    requests = make_requests(AdapterCatalog([root]), 40, 24)
+    requests = make_requests(FolderCatalog([root]), 40, 24)
     with serve(default_checkpoint, pool_bytes=1 << 30) as engine:
         alone = {r.request_id: run(engine, [r])[r.request_id].token_ids for r in requests}
     # 30 layers of 24,576-byte pages: 130 pages, of which lora-40 alone takes 67.

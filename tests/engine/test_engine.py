@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from polydelta.adapters_store.catalog import AdapterCatalog
+from polydelta.adapters_store.composition import Share
+from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.engine.engine import Engine, EngineDeadError
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.models.decoder import base_layout
@@ -22,7 +23,8 @@ PROMPT = list(range(100, 150))
 
 def request(name: str, prompt: list[int] = PROMPT, **changes: object) -> GenerationRequest:
     adapter = changes.pop("adapter", None)
-    return GenerationRequest(name, prompt, changes.pop("sampling", GREEDY), adapter)
+    adapters = () if adapter is None else (Share(adapter),)
+    return GenerationRequest(name, prompt, changes.pop("sampling", GREEDY), adapters)
 
 
 def pages_in_use(engine: Engine) -> int:
@@ -113,7 +115,7 @@ def test_a_damaged_adapter_fails_its_requests_and_nobody_elses(
     damaged = write.lora("damaged", 4)
     (damaged / "adapter_model.safetensors").write_bytes(b"not safetensors at all")
     write.lora("sound", 4)
-    catalog = AdapterCatalog([write.root])
+    catalog = FolderCatalog([write.root])
     with serve(tiny_checkpoint) as engine:
         answers = run(
             engine,
@@ -137,7 +139,7 @@ def test_an_adapter_that_changes_under_its_name_gives_new_answers(
     write = adapter_writer(base_layout(tiny_checkpoint.config, tiny_checkpoint.id))
     folder = write.lora("bot", 6, seed=1)
     replacement: Path = write.lora("other", 6, seed=2)
-    catalog = AdapterCatalog([write.root])
+    catalog = FolderCatalog([write.root])
     with serve(tiny_checkpoint) as engine:
         old = run(engine, [request("1", adapter=catalog.resolve("bot"))])["1"]
         shutil.rmtree(folder)

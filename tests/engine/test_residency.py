@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
-from polydelta.adapters_store.catalog import AdapterRef
 from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.pool import PagePool
 from polydelta.engine.residency import HostAdapter, Residency, ResidencyState

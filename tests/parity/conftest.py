@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from polydelta.adapters_store.catalog import AdapterCatalog
+from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.adapters_store.formats.reader import read_adapter
 from polydelta.adapters_store.packing import pack
 from polydelta.engine.deltas import AdapterSegment, PoolAdapter, StepDeltas, wrap_decoder
@@ -71,7 +71,7 @@ class PagedDecoder:
     def load(self, folder: Path, scattered: bool = False) -> PoolAdapter:
         """Reads an adapter from its files into the pool: its pages in one run, or scattered."""
         layout = base_layout(self.config, "reference")
-        ref = AdapterCatalog([folder.parent]).resolve(folder.name)
+        ref = FolderCatalog([folder.parent]).resolve(folder.name)
         packed = pack(read_adapter(ref, layout), layout, torch.float32)
         count = -(-packed.bytes_per_layer // self.storage.shape[-1])
         if scattered:

@@ -12,8 +12,10 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from polydelta.adapters_store.catalog import AdapterRef
-from polydelta.adapters_store.errors import UnknownAdapterError
+from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.adapters_store.folders import FolderCatalog
+from polydelta.adapters_store.reference import AdapterRef
+from polydelta.adapters_store.store import AdapterStore, StoreConfig
 from polydelta.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -24,6 +26,7 @@ from polydelta.engine.request import (
 from polydelta.engine.stats import EngineStats
 from polydelta.server.app import create_app
 from polydelta.server.settings import ServerSettings
+from polydelta.server.stores import make_publisher
 
 
 class FakeTokenizer:
@@ -59,6 +62,9 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.tokenizer = FakeTokenizer()
+        self.layout = BaseLayout("fake", 0, ())
+        # Versions that were deleted.
+        self.forgotten: list[str] = []
         self.alive = True
         self.requests: list[GenerationRequest] = []
         self.aborted: set[str] = set()
@@ -82,6 +88,9 @@ class FakeEngine:
 
     def abort(self, request_id: str) -> None:
         self.aborted.add(request_id)
+
+    def forget_adapter(self, ref: AdapterRef) -> None:
+        self.forgotten.append(ref.name)
 
     def _run(self, request: GenerationRequest, on_output: OutputHandler) -> None:
         while self.endless and request.request_id not in self.aborted:
@@ -123,31 +132,28 @@ class FakeEngine:
         )
 
 
-class FakeCatalog:
-    def __init__(self) -> None:
-        self.refs = [
-            AdapterRef(name, 1, Path("/secret/place") / name) for name in ("dates", "labels")
-        ]
-
-    def list(self) -> Iterator[AdapterRef]:
-        yield from self.refs
-
-    def resolve(self, name: str) -> AdapterRef:
-        for ref in self.refs:
-            if name in (ref.id, ref.name):
-                return ref
-        raise UnknownAdapterError(f"There is no adapter {name[:100]!r}.")
-
-
 @pytest.fixture
 def engine() -> FakeEngine:
     return FakeEngine()
 
 
 @pytest.fixture
-def make_app(engine: FakeEngine) -> Callable[..., FastAPI]:
-    def make(**settings: object) -> FastAPI:
-        return create_app(engine, FakeCatalog(), ServerSettings(adapters=(), **settings))
+def store(tmp_path: Path) -> Iterator[AdapterStore]:
+    """Two adapters in a folder of the operator's; nothing but their names is ever looked at."""
+    folders = tmp_path / "secret"
+    for name in ("dates", "labels"):
+        (folders / name).mkdir(parents=True)
+        (folders / name / "adapter_config.json").write_text("{}")
+    store = AdapterStore(StoreConfig(tmp_path / "store"), FolderCatalog([folders]))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def make_app(engine: FakeEngine, store: AdapterStore) -> Callable[..., FastAPI]:
+    def make(**options: object) -> FastAPI:
+        settings = ServerSettings(adapters=(), **options)
+        return create_app(engine, store, make_publisher(store, engine, settings), settings)
 
     return make
 

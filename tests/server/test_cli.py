@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from polydelta.adapters_store.catalog import CONFIG_FILE, WEIGHTS_FILE
+from polydelta.adapters_store.reference import CONFIG_FILE, WEIGHTS_FILE
 from polydelta.server.cli import main
 
 

@@ -19,12 +19,14 @@ from polydelta.server.settings import SettingsError
 PROGRAM = """
 import sys
 sys.path.insert(0, {folder!r})
-from conftest import FakeCatalog, FakeEngine
+from conftest import FakeEngine
+from pathlib import Path
 from polydelta.engine.request import FinishReason, RequestOutput
 from polydelta.engine.stats import EngineStats
 from polydelta.server.app import create_app
 from polydelta.server.serving import Server, bind, url_of
 from polydelta.server.settings import load_settings
+from polydelta.server.stores import make_publisher, open_store
 
 class StoppableEngine(FakeEngine):
     def __init__(self):
@@ -51,9 +53,12 @@ class StoppableEngine(FakeEngine):
 
 engine = StoppableEngine()
 engine.endless = True
-settings = load_settings(adapters=(), port=0, shutdown_timeout={timeout})
+settings = load_settings(
+    adapters=(), store=Path({store!r}), port=0, shutdown_timeout={timeout}
+)
+store = open_store(settings)
 with bind(settings.host, settings.port) as bound:
-    app = create_app(engine, FakeCatalog(), settings)
+    app = create_app(engine, store, make_publisher(store, engine, settings), settings)
     ready = lambda: print(url_of(bound), flush=True)
     Server(app, engine, settings, ready).serve_until_stopped(bound)
 print("stopped", flush=True)
@@ -61,12 +66,14 @@ print("stopped", flush=True)
 
 
 @pytest.fixture
-def serve():
+def serve(tmp_path):
     """Starts the program; its process and its URL."""
     started = []
 
     def start(timeout: float = 0.0) -> tuple[subprocess.Popen, str]:
-        program = textwrap.dedent(PROGRAM).format(folder=os.path.dirname(__file__), timeout=timeout)
+        program = textwrap.dedent(PROGRAM).format(
+            folder=os.path.dirname(__file__), store=str(tmp_path), timeout=timeout
+        )
         process = subprocess.Popen(
             [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
         )

@@ -9,7 +9,7 @@ from peft.utils.other import get_pattern_key
 
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.peft_config import positive_int
-from polydelta.adapters_store.formats.peft_patterns import PatternTable
+from polydelta.adapters_store.formats.peft_patterns import MAX_PATTERNS, PatternTable
 
 MODULES = [
     f"model.layers.{layer}.{part}"
@@ -95,8 +95,30 @@ def test_many_patterns_that_are_slow_together_are_refused() -> None:
         table({f".*.*.*x{number}": 4 for number in range(1000)})
 
 
+def test_more_patterns_than_can_be_compiled_soon_are_refused() -> None:
+    with pytest.raises(InvalidAdapterError, match=f"{MAX_PATTERNS + 1} patterns, more than"):
+        table({f"x{number}": 4 for number in range(MAX_PATTERNS + 1)})
+
+
+@pytest.mark.parametrize("sign", ["[", "a", "|"])
+def test_a_long_pattern_is_refused_before_it_is_looked_through(sign: str) -> None:
+    with pytest.raises(
+        InvalidAdapterError, match="rank_pattern has a pattern of 900000 characters"
+    ):
+        table({sign * 900_000: 4})
+
+
+def test_patterns_that_are_slow_with_all_modules_together_are_refused() -> None:
+    slow = table({f".*.*x{number}": 4 for number in range(900)})
+    assert slow["model.layers.0.self_attn.q_proj"] == 8
+    modules = [f"model.layers.{number}.self_attn.q_proj" for number in range(100)]
+    with pytest.raises(InvalidAdapterError, match=r"900 patterns of rank_pattern .* all modules"):
+        [slow[module] for module in modules]
+
+
 def test_a_pattern_for_every_module_of_a_large_model_is_accepted() -> None:
     patterns = {
         f"model.layers.{layer}.mlp.part_{part}": 4 for layer in range(126) for part in range(7)
     }
-    assert table(dict(patterns))["model.layers.125.mlp.part_6"] == 4
+    ranks = table(dict(patterns))
+    assert all(ranks[module] == 4 for module in patterns)

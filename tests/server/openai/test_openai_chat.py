@@ -82,7 +82,7 @@ def test_values_that_ask_for_nothing_are_taken(chat):
 
 
 def test_an_adapter_answers(chat, engine):
-    engine.answer = lambda request: request.adapter.id
+    engine.answer = lambda request: request.adapters[0].ref.id
     body = chat(model="dates")
     assert body["choices"][0]["message"]["content"] == "dates"
     assert body["model"] == "dates"

@@ -129,12 +129,12 @@ def test_choices_have_seeds_of_their_own(complete, engine):
 def test_an_adapter_is_named_by_the_model_field(complete, engine):
     assert complete(model="dates")["model"] == "dates"
     complete(model="labels@1")
-    assert [request.adapter.name for request in engine.requests] == ["dates@1", "labels@1"]
+    assert [request.adapters[0].ref.name for request in engine.requests] == ["dates@1", "labels@1"]
 
 
 def test_the_base_model_has_no_adapter(complete, engine):
     complete()
-    assert engine.requests[0].adapter is None
+    assert engine.requests[0].adapters == ()
 
 
 def test_cached_tokens_are_those_of_the_first_choice_of_each_prompt(complete, engine):

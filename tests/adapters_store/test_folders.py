@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from polydelta.adapters_store.catalog import AdapterCatalog, AdapterRef
 from polydelta.adapters_store.errors import UnknownAdapterError
+from polydelta.adapters_store.folders import FolderCatalog
+from polydelta.adapters_store.reference import AdapterRef
 
 
 def make(root: Path, adapter_id: str, content: str = "{}") -> Path:
@@ -22,13 +23,13 @@ def make(root: Path, adapter_id: str, content: str = "{}") -> Path:
 
 def test_an_id_resolves_to_version_1_of_its_folder(tmp_path: Path) -> None:
     folder = make(tmp_path, "sql")
-    ref = AdapterCatalog([tmp_path]).resolve("sql")
+    ref = FolderCatalog([tmp_path]).resolve("sql")
     assert (ref, ref.path, ref.name) == (AdapterRef("sql", 1, folder), folder, "sql@1")
 
 
 def test_an_unchanged_folder_keeps_its_version(tmp_path: Path) -> None:
     make(tmp_path, "sql")
-    catalog = AdapterCatalog([tmp_path])
+    catalog = FolderCatalog([tmp_path])
     assert catalog.resolve("sql") == catalog.resolve("sql@1") == next(catalog.list())
 
 
@@ -37,7 +38,7 @@ def test_a_rewritten_file_is_a_new_version_and_the_old_one_is_gone(
     tmp_path: Path, file: str
 ) -> None:
     folder = make(tmp_path, "sql")
-    catalog = AdapterCatalog([tmp_path])
+    catalog = FolderCatalog([tmp_path])
     catalog.resolve("sql")
     (folder / file).write_text("something longer")
     assert catalog.resolve("sql").version == 2
@@ -47,7 +48,7 @@ def test_a_rewritten_file_is_a_new_version_and_the_old_one_is_gone(
 
 def test_a_replaced_file_of_the_same_size_and_time_is_a_new_version(tmp_path: Path) -> None:
     folder = make(tmp_path, "sql")
-    catalog = AdapterCatalog([tmp_path])
+    catalog = FolderCatalog([tmp_path])
     catalog.resolve("sql")
     file = folder / "adapter_model.safetensors"
     stat = file.stat()
@@ -61,7 +62,7 @@ def test_a_deleted_adapter_is_unknown_and_never_gets_its_old_number_for_new_cont
     tmp_path: Path,
 ) -> None:
     folder = make(tmp_path, "sql")
-    catalog = AdapterCatalog([tmp_path])
+    catalog = FolderCatalog([tmp_path])
     catalog.resolve("sql")
     shutil.rmtree(folder)
     with pytest.raises(UnknownAdapterError, match="'sql'"):
@@ -72,7 +73,7 @@ def test_a_deleted_adapter_is_unknown_and_never_gets_its_old_number_for_new_cont
 
 def test_an_unknown_id_says_how_to_list_adapters(tmp_path: Path) -> None:
     with pytest.raises(UnknownAdapterError, match=r"'nope'.*polydelta adapters list"):
-        AdapterCatalog([tmp_path]).resolve("nope")
+        FolderCatalog([tmp_path]).resolve("nope")
 
 
 @pytest.mark.parametrize(
@@ -109,20 +110,20 @@ def test_a_name_outside_the_grammar_is_unknown_whatever_lies_on_disk(
     for inside in ("sql", "sub/secret", ".hidden", "-sql", "ü", "a" * 129):
         make(root, inside)
     with pytest.raises(UnknownAdapterError):
-        AdapterCatalog([root]).resolve(name)
+        FolderCatalog([root]).resolve(name)
 
 
 @pytest.mark.parametrize("name", ["a", "0", "A.b_c-d", "v1..2", "a" * 128])
 def test_a_name_within_the_grammar_is_found(tmp_path: Path, name: str) -> None:
     make(tmp_path, name)
-    assert AdapterCatalog([tmp_path]).resolve(name).id == name
+    assert FolderCatalog([tmp_path]).resolve(name).id == name
 
 
 def test_of_the_same_id_the_first_root_counts(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     make(second, "sql")
     make(first, "other")
-    catalog = AdapterCatalog([first, second])
+    catalog = FolderCatalog([first, second])
     assert catalog.resolve("sql").path == second / "sql"
     make(first, "sql")
     assert catalog.resolve("sql") == AdapterRef("sql", 2, first / "sql")
@@ -135,13 +136,13 @@ def test_the_list_is_sorted_and_leaves_out_what_is_no_adapter(tmp_path: Path) ->
     make(tmp_path, ".tmp-upload")
     (tmp_path / "empty").mkdir()
     (tmp_path / "README.md").write_text("not an adapter")
-    assert [ref.id for ref in AdapterCatalog([tmp_path]).list()] == ["a", "b", "c"]
+    assert [ref.id for ref in FolderCatalog([tmp_path]).list()] == ["a", "b", "c"]
 
 
 def test_the_list_looks_into_folders_only_as_they_are_asked_for(tmp_path: Path) -> None:
     for adapter_id in ("a", "b"):
         make(tmp_path, adapter_id)
-    refs: Iterator[AdapterRef] = AdapterCatalog([tmp_path]).list()
+    refs: Iterator[AdapterRef] = FolderCatalog([tmp_path]).list()
     assert next(refs).id == "a"
     shutil.rmtree(tmp_path / "b")
     assert list(refs) == []
@@ -159,11 +160,11 @@ def test_among_ten_thousand_folders_neither_start_nor_look_up_lists_them(
 
     monkeypatch.setattr("os.scandir", refuse)
     monkeypatch.setattr("os.listdir", refuse)
-    assert AdapterCatalog([tmp_path]).resolve("wanted").version == 1
+    assert FolderCatalog([tmp_path]).resolve("wanted").version == 1
 
 
 def test_folders_that_appear_later_are_found_without_a_restart(tmp_path: Path) -> None:
-    catalog = AdapterCatalog([tmp_path])
+    catalog = FolderCatalog([tmp_path])
     make(tmp_path, "late")
     assert catalog.resolve("late").version == 1
 
@@ -172,12 +173,12 @@ def test_folders_that_appear_later_are_found_without_a_restart(tmp_path: Path) -
 def test_a_root_that_is_no_folder_is_an_error_that_names_it(tmp_path: Path, make_root) -> None:
     make_root(tmp_path / "missing")
     with pytest.raises(ValueError, match=r"missing.*create it"):
-        AdapterCatalog([tmp_path, tmp_path / "missing"])
+        FolderCatalog([tmp_path, tmp_path / "missing"])
 
 
 def test_threads_agree_on_versions_while_files_change(tmp_path: Path) -> None:
     folder = make(tmp_path, "sql")
-    catalog = AdapterCatalog([tmp_path])
+    catalog = FolderCatalog([tmp_path])
     seen: list[list[int]] = [[] for _ in range(4)]
 
     def look(versions: list[int]) -> None:

@@ -1,0 +1,179 @@
+"""Adapters' files by the sha256 of their content: written once, never changed.
+
+Identical uploads are one content, whatever they are called.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+
+from polydelta.adapters_store.errors import StoreError
+from polydelta.adapters_store.formats.files import folder_digest
+from polydelta.adapters_store.reference import CONFIG_FILE, WEIGHTS_FILE
+
+FILES = (WEIGHTS_FILE, CONFIG_FILE)
+
+
+class ContentStore(Protocol):
+    """Where the files of versions lie. Threads may share it."""
+
+    def path(self, digest: str) -> Path:
+        """The content's folder on this machine, whether it is there yet or not."""
+        ...
+
+    def add(self, digest: str, staged: Path) -> None:
+        """Takes over the files of a folder whose content has this digest. Raises StoreError."""
+        ...
+
+    def fetch(self, digest: str) -> Path:
+        """The content's folder, with the files in it. Raises StoreError."""
+        ...
+
+    def remove(self, digest: str) -> None:
+        """Raises StoreError."""
+        ...
+
+
+class LocalContent:
+    """Contents as subfolders of one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        root.mkdir(parents=True, exist_ok=True)
+
+    def path(self, digest: str) -> Path:
+        return self._root / digest
+
+    def add(self, digest: str, staged: Path) -> None:
+        folder = self.path(digest)
+        try:
+            if folder.is_dir():
+                # Mends what the disk may have lost; file by file, so that it is whole all the time.
+                for name in FILES:
+                    os.replace(staged / name, folder / name)
+            else:
+                os.rename(staged, folder)
+            _sync(folder)
+            _sync(self._root)
+        except OSError as error:
+            raise _failed("written", error) from None
+
+    def fetch(self, digest: str) -> Path:
+        folder = self.path(digest)
+        if not all((folder / name).is_file() for name in FILES):
+            raise StoreError(
+                f"The files of content {digest[:12]} are gone from the store: upload it again."
+            )
+        return folder
+
+    def remove(self, digest: str) -> None:
+        gone = self._root / f".gone-{uuid.uuid4().hex}"
+        try:
+            # A rename first: a folder under its digest is always whole.
+            os.rename(self.path(digest), gone)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _failed("removed", error) from None
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def holds(self, digest: str) -> bool:
+        return self.path(digest).is_dir()
+
+    def sweep(self, wanted: set[str]) -> None:
+        """Removes what a crash has left: contents that no version has."""
+        for folder in self._folders():
+            if folder.name not in wanted:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _folders(self) -> Iterator[Path]:
+        with os.scandir(self._root) as entries:
+            yield from (Path(entry.path) for entry in entries)
+
+
+class RemoteContent:
+    """Contents in an object store, read through to this machine's disk.
+
+    Any URL that fsspec knows: `s3://bucket/prefix`, `gs://bucket/prefix`, ...
+    """
+
+    def __init__(self, url: str, cache: LocalContent) -> None:
+        """Raises StoreError when there is no driver for the URL."""
+        try:
+            filesystem, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise StoreError(
+                f"storage {url!r} cannot be used ({error}): install the extra that has its driver, "
+                "such as polydelta[s3]."
+            ) from None
+        self._files: Any = filesystem
+        self._origin = root.rstrip("/")
+        self._cache = cache
+
+    def path(self, digest: str) -> Path:
+        return self._cache.path(digest)
+
+    def add(self, digest: str, staged: Path) -> None:
+        try:
+            self._files.makedirs(self._remote(digest), exist_ok=True)
+            for name in FILES:
+                self._files.put_file(str(staged / name), self._remote(digest, name))
+        except Exception as error:  # each driver raises its own
+            raise _failed("sent to the storage", error) from error
+        self._cache.add(digest, staged)
+
+    def fetch(self, digest: str) -> Path:
+        if self._cache.holds(digest):
+            return self._cache.fetch(digest)
+        # Beside its place, so that it gets there by a rename; swept when it stays behind.
+        part = self._cache.path(f".part-{uuid.uuid4().hex}")
+        part.mkdir()
+        try:
+            for name in FILES:
+                self._files.get_file(self._remote(digest, name), str(part / name))
+            if folder_digest(part) != digest:
+                raise StoreError(
+                    f"The storage's files of content {digest[:12]} are not those that were "
+                    "uploaded: upload it again."
+                )
+            self._cache.add(digest, part)
+        except StoreError:
+            raise
+        except Exception as error:  # each driver raises its own
+            raise _failed("fetched from the storage", error) from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return self._cache.fetch(digest)
+
+    def remove(self, digest: str) -> None:
+        self._cache.remove(digest)
+        try:
+            self._files.rm(self._remote(digest), recursive=True)
+        except FileNotFoundError:
+            return
+        except Exception as error:  # each driver raises its own
+            raise _failed("removed from the storage", error) from error
+
+    def _remote(self, digest: str, *name: str) -> str:
+        return "/".join((self._origin, digest, *name))
+
+
+def _sync(folder: Path) -> None:
+    """Makes renames in a folder last through a crash of the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _failed(what: str, error: Exception) -> StoreError:
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    return StoreError(f"The adapter's files could not be {what} ({reason}); see the server's log.")

@@ -1,0 +1,131 @@
+"""The disk tier: an adapter's files, read and checked once, and from then on its packed form."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.adapters_store.formats import read_adapter
+from polydelta.adapters_store.packed_file import UnreadableFileError, read_packed, write_packed
+from polydelta.adapters_store.packing import PackedAdapter, pack
+from polydelta.adapters_store.reference import AdapterRef
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterLoader(Protocol):
+    """Where the host tier gets adapters from. Called on threads of its own, several at a time."""
+
+    def load(self, ref: AdapterRef) -> PackedAdapter:
+        """Raises AdapterError."""
+        ...
+
+
+class FolderLoader:
+    """Reads and packs an adapter each time, and keeps nothing."""
+
+    def __init__(self, layout: BaseLayout, dtype: torch.dtype) -> None:
+        self._layout = layout
+        self._dtype = dtype
+
+    def load(self, ref: AdapterRef) -> PackedAdapter:
+        return pack(read_adapter(ref, self._layout), self._layout, self._dtype)
+
+
+class AdapterFiles(Protocol):
+    """Where the files of uploaded adapters lie; see `content.py`."""
+
+    def fetch(self, digest: str) -> Path:
+        """The folder of a content on this machine. Raises StoreError."""
+        ...
+
+
+class DiskTier:
+    """Loads adapters in packed form; one without it is read, checked, packed and written.
+
+    Packed files are kept by digest, base model and dtype. They are a cache, and least recently used
+    ones are deleted beyond `capacity_bytes`.
+    """
+
+    def __init__(
+        self,
+        layout: BaseLayout,
+        dtype: torch.dtype,
+        folder: Path,
+        files: AdapterFiles,
+        capacity_bytes: int,
+    ) -> None:
+        self._loader = FolderLoader(layout, dtype)
+        base = hashlib.sha256(layout.fingerprint.encode()).hexdigest()[:16]
+        self._file_name = f"{base}-{str(dtype).removeprefix('torch.')}.packed"
+        self._folder = folder
+        self._files = files
+        self._capacity_bytes = capacity_bytes
+        # Digests of versions whose files lie in a folder of the operator's, known once they were
+        # read: a version can be loaded again after its files have changed.
+        self._digests: dict[AdapterRef, str] = {}
+
+    def load(self, ref: AdapterRef) -> PackedAdapter:
+        digest = ref.digest or self._digests.get(ref)
+        if digest is not None and (packed := self._read(digest)) is not None:
+            return packed
+        if ref.digest is not None:
+            self._files.fetch(ref.digest)
+        packed = self.prepare(ref)
+        self._digests[ref] = packed.digest
+        return packed
+
+    def prepare(self, ref: AdapterRef) -> PackedAdapter:
+        """Reads, checks and packs the files at `ref.path`. Raises AdapterError."""
+        return self._write(self._loader.load(ref))
+
+    def holds(self, digest: str) -> bool:
+        """Whether a content was checked and packed before."""
+        return self._read(digest) is not None
+
+    def _read(self, digest: str) -> PackedAdapter | None:
+        path = self._folder / digest / self._file_name
+        try:
+            packed = read_packed(path)
+            # The order in which packed files are deleted.
+            os.utime(path)
+        except (UnreadableFileError, OSError):
+            return None
+        return packed if packed.digest == digest else None
+
+    def _write(self, packed: PackedAdapter) -> PackedAdapter:
+        """The adapter as it lies on the disk; as it is when it cannot be written."""
+        try:
+            write_packed(packed, self._folder / packed.digest / self._file_name)
+            self._trim()
+        except OSError as error:
+            logger.warning("a packed adapter could not be kept on disk: %s", error)
+            return packed
+        return self._read(packed.digest) or packed
+
+    def _trim(self) -> None:
+        files = sorted(self._stats())
+        excess = sum(size for _, size, _ in files) - self._capacity_bytes
+        # Never the newest one: it was just written.
+        for _, size, path in files[:-1]:
+            if excess <= 0:
+                break
+            with contextlib.suppress(OSError):
+                path.unlink()
+                path.parent.rmdir()
+            excess -= size
+
+    def _stats(self) -> Iterator[tuple[float, int, Path]]:
+        """When it was last used, bytes, path, of each packed file."""
+        for path in self._folder.glob("*/*.packed"):
+            with contextlib.suppress(OSError):
+                stat = path.stat()
+                yield stat.st_mtime, stat.st_size, path

@@ -1,0 +1,325 @@
+"""The adapter store: uploaded versions and the operator's folders under one set of names.
+
+    DIR/catalog.db     one row for each version (or a database elsewhere)
+    DIR/content/       files of each content, by sha256 (or a cache of an object store)
+    DIR/packed/        packed forms of contents, by sha256: a cache
+    DIR/staging/       uploads under way
+
+A version appears when its row is committed, after its files are in their place; it goes when its
+row does, before its files. What a crash leaves besides is swept when the store is opened.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from polydelta.adapters_store.catalog import Catalog
+from polydelta.adapters_store.composition import Share, Shares, check_addable, combine
+from polydelta.adapters_store.content import ContentStore, LocalContent, RemoteContent
+from polydelta.adapters_store.errors import InUseError, StoreError, TooLargeError
+from polydelta.adapters_store.file_lock import Presence, Turn
+from polydelta.adapters_store.folders import FolderCatalog
+from polydelta.adapters_store.inspection import inspect
+from polydelta.adapters_store.leases import Lease, Leases
+from polydelta.adapters_store.records import AdapterRecord, Source, VersionState
+from polydelta.adapters_store.reference import AdapterName, AdapterRef, parse_name, unknown
+
+logger = logging.getLogger(__name__)
+
+# Uses are written to the catalog at most so often, in seconds.
+FLUSH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Where a store is, and how much it may hold."""
+
+    folder: Path
+    # Where contents lie, as fsspec names it; None for the folder itself.
+    storage_url: str | None = None
+    # The catalog, as SQLAlchemy names it; None for a file in the folder.
+    catalog_url: str | None = None
+    # Of all uploaded contents together.
+    quota_bytes: int = 64 << 30
+
+
+class AdapterStore:
+    """Versions by name: looked up, leased, added, rolled back, deleted. Threads may share it."""
+
+    def __init__(self, config: StoreConfig, folders: FolderCatalog) -> None:
+        """Opens the store, and makes it if it is not there. Several processes may have it open;
+        the first one sweeps what a crash has left. Raises StoreError."""
+        try:
+            config.folder.mkdir(parents=True, exist_ok=True)
+            self._presence = Presence(config.folder / "open.lock")
+            local = LocalContent(config.folder / "content")
+        except OSError as error:
+            raise StoreError(
+                f"The store {str(config.folder)!r} cannot be used ({error.strerror}): name another "
+                "folder with --store."
+            ) from None
+        self.content: ContentStore = local
+        if config.storage_url is not None:
+            self.content = RemoteContent(config.storage_url, local)
+        self.folders = folders
+        self.catalog = Catalog(config.catalog_url or f"sqlite:///{config.folder / 'catalog.db'}")
+        self._config = config
+        self._leases = Leases(self._on_idle)
+        # Versions to delete when their last user has gone.
+        self._doomed: set[AdapterRef] = set()
+        self._on_deleted: list[Callable[[AdapterRef], None]] = []
+        # Held while rows and leases change together, and while contents come and go with rows.
+        self._names = threading.RLock()
+        self._contents = Turn(config.folder / "contents.lock")
+        self._reaper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-reaper")
+        self._flushed = time.monotonic()
+        if self._presence.alone:
+            self._finish_deletions()
+            local.sweep(self.catalog.digests())
+            shutil.rmtree(self.staging_folder, ignore_errors=True)
+        self._presence.settle()
+
+    def close(self) -> None:
+        self._reaper.shutdown()
+        self.flush()
+        self.catalog.close()
+        self._presence.close()
+
+    @property
+    def packed_folder(self) -> Path:
+        return self._config.folder / "packed"
+
+    @property
+    def staging_folder(self) -> Path:
+        return self._config.folder / "staging"
+
+    def on_deleted(self, tell: Callable[[AdapterRef], None]) -> None:
+        """`tell` is called with each version that is gone, on any thread; it must not wait."""
+        self._on_deleted.append(tell)
+
+    def lease(self, wanted: Sequence[tuple[str, float]]) -> Lease:
+        """The versions that names and weights mean now; none of them goes before the release.
+
+        Raises UnknownAdapterError, and CompositionError for several that cannot be added up.
+        """
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+        with self._names:
+            found = [(self._resolve(name), weight) for name, weight in wanted]
+            shares = [
+                Share(share.ref, share.weight * weight)
+                for resolved, weight in found
+                for share in resolved.shares
+            ]
+            if len(shares) > 1 or any(share.weight != 1.0 for share in shares):
+                for resolved, _ in found:
+                    check_addable(resolved.ref.name, resolved.kinds())
+            held = dict.fromkeys(
+                [resolved.ref for resolved, _ in found] + [share.ref for share in shares]
+            )
+            name = " + ".join(
+                resolved.ref.name if weight == 1.0 else f"{weight:g} {resolved.ref.name}"
+                for resolved, weight in found
+            )
+            return self._leases.take(name, combine(shares), list(held))
+
+    def users(self, record: AdapterRecord) -> int:
+        """Requests that use a version now."""
+        return self._leases.users(self.ref(record))
+
+    def ref(self, record: AdapterRecord) -> AdapterRef:
+        path = self.content.path(record.digest)
+        return AdapterRef(record.id, record.version, path, digest=record.digest)
+
+    def add(self, record: AdapterRecord, staged: Path, at_least: int = 1) -> AdapterRecord:
+        """Takes over a staged folder as a new version of `record.id`; it is ready at once.
+
+        The record comes back with its version. Raises TooLargeError beyond the quota.
+        """
+        with self._contents.taken():
+            known = self.catalog.has_digest(record.digest)
+            total = self.catalog.total_bytes() + (0 if known else record.facts.nbytes)
+            if total > self._config.quota_bytes:
+                raise TooLargeError(
+                    f"The store would hold {total} bytes, but its quota is "
+                    f"{self._config.quota_bytes}: delete versions that nobody needs."
+                )
+            self.content.add(record.digest, staged)
+            return self.catalog.add(record, at_least)
+
+    def rollback(self, adapter_id: str, version: int) -> AdapterRecord:
+        """Makes the content of an older version the newest, as a version with a new number.
+
+        Raises UnknownAdapterError.
+        """
+        with self._contents.taken(), self._names:
+            old = self.catalog.find(adapter_id, version)
+            if old is None or old.state is not VersionState.READY:
+                raise unknown(f"{adapter_id}@{version}")
+            newest = self.catalog.newest(adapter_id)
+            if newest is not None and newest.digest == old.digest:
+                return newest
+            fresh = replace(
+                old,
+                source=Source.COMPOSITION if old.parts else Source.ROLLBACK,
+                created=time.time(),
+                pinned=False,
+                uses=0,
+                last_used=None,
+            )
+            return self.catalog.add(fresh)
+
+    def delete(self, name: AdapterName, defer: bool) -> list[AdapterRecord]:
+        """Deletes one version, or all of an id. With `defer`, those in use go when they no longer
+        are, and nobody new gets them meanwhile; without it nothing is deleted then.
+
+        The records as they are left; raises UnknownAdapterError, InUseError.
+        """
+        with self._names:
+            records = self._named(name)
+            self._check_unneeded(records)
+            busy = [record for record in records if self.users(record)]
+            if busy and not defer:
+                raise InUseError(
+                    f"{busy[0].name!r} is in use ({self.users(busy[0])} requests): try again when "
+                    "they are done, or delete it with in_use=defer."
+                )
+            for record in busy:
+                self.catalog.change(record.id, record.version, state=VersionState.DELETING)
+                self._doomed.add(self.ref(record))
+            idle = [record for record in records if record not in busy]
+            self.catalog.remove(name.id, [record.version for record in idle])
+        self._clean_up(idle)
+        return [*idle, *(replace(record, state=VersionState.DELETING) for record in busy)]
+
+    def pin(self, name: AdapterName, pinned: bool) -> AdapterRecord:
+        """Notes whether a version is to stay in the pool. Raises UnknownAdapterError."""
+        record = self.find(name)
+        return self.catalog.change(record.id, record.version, pinned=pinned)
+
+    def label(self, name: AdapterName, labels: Mapping[str, str]) -> AdapterRecord:
+        """Gives a version other labels. Raises UnknownAdapterError."""
+        record = self.find(name)
+        return self.catalog.change(record.id, record.version, labels=dict(labels))
+
+    def find(self, name: AdapterName) -> AdapterRecord:
+        """The uploaded version that a name means now. Raises UnknownAdapterError."""
+        record = self._find(name)
+        if record is None:
+            raise unknown(str(name))
+        return record
+
+    def resolve(self, name: str) -> AdapterRef:
+        """The version that a name means now, uploaded or in a folder. Raises
+        UnknownAdapterError."""
+        return self._resolve(name).ref
+
+    def ids(self) -> Iterator[str]:
+        """Every id that has a version, uploaded or in a folder; folders are looked into one by
+        one, as they are asked for."""
+        known, uploaded = self.catalog.known(), self.catalog.ready()
+        for adapter_id in sorted({*uploaded, *self.folders.ids()} - (known - uploaded)):
+            if adapter_id in uploaded or self.folders.find(adapter_id) is not None:
+                yield adapter_id
+
+    def flush(self) -> None:
+        """Writes the uses that were counted since the last time to the catalog."""
+        self._flushed = time.monotonic()
+        uploaded = [use for use in self._leases.take_uses() if use[0].digest is not None]
+        if uploaded:
+            self.catalog.count_uses(
+                (ref.id, ref.version, count, when) for ref, count, when in uploaded
+            )
+
+    def _resolve(self, name: str) -> _Resolved:
+        wanted = parse_name(name)
+        record = self._find(wanted)
+        if record is None and not self.catalog.knows(wanted.id):
+            ref = self.folders.resolve(wanted)
+            return _Resolved(ref, (Share(ref),), lambda: inspect(ref.path).kinds)
+        if record is None or record.state is not VersionState.READY:
+            raise unknown(name)
+        kinds = record.facts.kinds
+        return _Resolved(self.ref(record), self._shares(record), lambda: kinds)
+
+    def _find(self, name: AdapterName) -> AdapterRecord | None:
+        if name.version is None:
+            return self.catalog.newest(name.id)
+        return self.catalog.find(name.id, name.version)
+
+    def _shares(self, record: AdapterRecord) -> Shares:
+        """What the engine computes for a version: itself, or the parts of a composition."""
+        if not record.parts:
+            return (Share(self.ref(record)),)
+        parts = [(self.catalog.find(part.id, part.version), part.weight) for part in record.parts]
+        return tuple(Share(self.ref(part), weight) for part, weight in parts if part is not None)
+
+    def _named(self, name: AdapterName) -> list[AdapterRecord]:
+        if name.version is not None:
+            return [self.find(name)]
+        records = self.catalog.versions(name.id)
+        if not records:
+            raise unknown(str(name))
+        return records
+
+    def _check_unneeded(self, records: Sequence[AdapterRecord]) -> None:
+        """Raises InUseError for a version that a saved composition is made of."""
+        names = {(record.id, record.version) for record in records}
+        for composition in self.catalog.compositions():
+            for part in composition.parts:
+                if (part.id, part.version) in names and composition not in records:
+                    raise InUseError(
+                        f"'{part.id}@{part.version}' is a part of the composition "
+                        f"{composition.name!r}: delete that first."
+                    )
+
+    def _on_idle(self, ref: AdapterRef) -> None:
+        if ref in self._doomed:
+            # On a thread of its own: whoever released the last lease must not wait for a disk.
+            self._reaper.submit(self._finish_deletion, ref)
+
+    def _finish_deletion(self, ref: AdapterRef) -> None:
+        try:
+            with self._names:
+                record = self.catalog.find(ref.id, ref.version)
+                self._doomed.discard(ref)
+                if record is None or record.state is not VersionState.DELETING:
+                    return
+                self.catalog.remove(ref.id, [ref.version])
+            self._clean_up([record])
+        except StoreError:
+            logger.exception("deleting %s will be finished at the next start", ref.name)
+
+    def _finish_deletions(self) -> None:
+        """Those that a stop came before."""
+        records = self.catalog.in_state(VersionState.DELETING)
+        for record in records:
+            self.catalog.remove(record.id, [record.version])
+        self._clean_up(records)
+
+    def _clean_up(self, gone: Sequence[AdapterRecord]) -> None:
+        """After the rows: tells who keeps the versions in memory, and removes their files."""
+        for record in gone:
+            for tell in self._on_deleted:
+                tell(self.ref(record))
+        with self._contents.taken():
+            for digest in {record.digest for record in gone}:
+                if not self.catalog.has_digest(digest):
+                    self.content.remove(digest)
+                    shutil.rmtree(self.packed_folder / digest, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    """What a name means now."""
+
+    ref: AdapterRef
+    shares: Shares
+    kinds: Callable[[], Collection[str]]

@@ -1,0 +1,1 @@
+"""Adapters over HTTP: uploaded, listed, loaded, pinned, rolled back, deleted."""

@@ -1,0 +1,104 @@
+"""What an operator orders of an adapter over HTTP: into the pool, out of it, kept in it."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from anyio import to_thread
+
+from polydelta.adapters_store.records import AdapterRecord, VersionState
+from polydelta.adapters_store.reference import AdapterName, AdapterRef, parse_name
+from polydelta.server.adapters.changes import Changes
+from polydelta.server.adapters.errors import adapter_errors
+from polydelta.server.errors import ApiError
+from polydelta.server.service import Service
+
+if TYPE_CHECKING:  # it imports torch, which the routes do not need
+    from polydelta.adapters_store.listing import AdapterListing
+
+
+class Orders:
+    """Each method waits until the engine has done it, and returns the record as it is then.
+
+    Raises ApiError: 409 for what has to wait, or is not possible with an adapter of its kind.
+    """
+
+    def __init__(self, service: Service, listing: AdapterListing, changes: Changes) -> None:
+        self._service = service
+        self._listing = listing
+        self._changes = changes
+
+    async def load(self, name: str) -> AdapterRecord:
+        """Of a composition, all parts."""
+        record = await self._find(name)
+        refs = await to_thread.run_sync(self._refs, record)
+        await self._done(*(self._service.engine.load_adapter(ref) for ref in refs))
+        return record
+
+    async def evict(self, name: str) -> AdapterRecord:
+        record = await self._find_single(name, "evict")
+        (ref,) = await to_thread.run_sync(self._refs, record)
+        await self._done(self._service.engine.evict_adapter(ref))
+        return record
+
+    async def pin(self, name: str) -> AdapterRecord:
+        """The pin outlives the server."""
+        record = await self._find_own(name, "pin")
+        ref = self._service.store.ref(record)
+        await self._done(self._service.engine.load_adapter(ref, pin=True))
+        return await self._note(record, pinned=True)
+
+    async def unpin(self, name: str) -> AdapterRecord:
+        record = await self._find_own(name, "unpin")
+        await self._done(self._service.engine.unpin_adapter(self._service.store.ref(record)))
+        return await self._note(record, pinned=False)
+
+    async def _find(self, name: str) -> AdapterRecord:
+        with adapter_errors("id"):
+            record = await to_thread.run_sync(self._listing.record, parse_name(name))
+        if record.state is VersionState.DELETING:
+            raise ApiError(409, f"{record.name!r} is being deleted: take another version.", "id")
+        return record
+
+    async def _find_single(self, name: str, order: str) -> AdapterRecord:
+        record = await self._find(name)
+        if record.parts:
+            parts = ", ".join(f"'{part.id}@{part.version}'" for part in record.parts)
+            raise ApiError(
+                409,
+                f"{record.name!r} is a composition, which has no place of its own: {order} its "
+                f"parts ({parts}).",
+                "id",
+            )
+        return record
+
+    async def _find_own(self, name: str, order: str) -> AdapterRecord:
+        record = await self._find_single(name, order)
+        await to_thread.run_sync(self._changes.own, AdapterName(record.id))
+        return record
+
+    def _refs(self, record: AdapterRecord) -> list[AdapterRef]:
+        """Raises ApiError."""
+        with adapter_errors("id"):
+            if not record.parts:
+                return [self._listing.ref(record)]
+            store = self._service.store
+            parts = [store.find(AdapterName(part.id, part.version)) for part in record.parts]
+            return [store.ref(part) for part in parts]
+
+    async def _note(self, record: AdapterRecord, pinned: bool) -> AdapterRecord:
+        name = AdapterName(record.id, record.version)
+        with adapter_errors("id"):
+            return await to_thread.run_sync(self._service.store.pin, name, pinned)
+
+    async def _done(self, *orders: Future[None]) -> None:
+        """Waits for the engine."""
+        try:
+            with adapter_errors("id"):
+                await asyncio.gather(*map(asyncio.wrap_future, orders))
+        except (ApiError, RuntimeError):
+            # An engine that has stopped ends every order with an error of its own.
+            self._service.check_alive()
+            raise

@@ -1,0 +1,214 @@
+"""`polydelta adapters merge`: one adapter made of several, as a folder of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import ByteSize
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.merge_recipe import Election, MergeRecipe, Method
+from polydelta.adapters_store.reference import AdapterRef, is_id
+from polydelta.server.settings import SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from polydelta.adapters_store.base_layout import BaseLayout
+    from polydelta.adapters_store.delta import Adapter
+    from polydelta.adapters_store.merging import MergedAdapter, Source
+
+
+class Dtype(StrEnum):
+    """Of the weights in the file; torch calls them the same."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def merge(
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT_FOLDER", help="New adapter's folder; not there or empty.")
+    ],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FOLDER=WEIGHT...",
+            help="Adapters with their weights; a folder, or an id that `serve` would find."
+            " Negative weights take a change away.",
+        ),
+    ],
+    method: Annotated[Method, typer.Option(help="How they are put together.")] = Method.LINEAR,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of each adapter's entries of dW that stays, above 0 up to 1; zeros count"
+            " as entries. For every method but linear."
+        ),
+    ] = None,
+    election: Annotated[
+        Election,
+        typer.Option(help="Whose sign wins in ties and dare-ties: the larger sum, or the more."),
+    ] = Election.TOTAL,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Write a LoRA of this rank, the nearest to the merged change. Without it, what"
+            " linear gives stays exact, and the other methods take the largest rank that goes in."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws of dare and dare-ties.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Number format of the file.")] = Dtype.FLOAT32,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model of the adapters; without it, the one that `serve` would take.",
+            metavar="PATH|HUB_ID",
+        ),
+    ] = None,
+) -> None:
+    """Merge adapters into a new one, which PEFT reads too.
+
+    linear sums the changes, exactly: ranks add up. magnitude sums the largest entries of each.
+    ties takes these, and for each entry the mean of those that agree on its sign. dare keeps
+    entries by chance and scales them up before it sums; dare-ties draws as dare does and takes the
+    mean as ties does. Weights multiply each change before the sum or the mean.
+
+    LoRAs give a LoRA. SHiRAs alone give a SHiRA, or with --rank a LoRA. A LoRA and a SHiRA give a
+    LoRA; as no file holds their exact sum, linear then asks for --rank. What the rank leaves out is
+    reported, relative to the whole change (Frobenius norm).
+
+    [bold]Examples[/bold]
+
+    [cyan]polydelta adapters merge ./both iso-date=1 unit-convert=1[/cyan]
+    two of the sample adapters, exactly
+
+    [cyan]polydelta adapters merge ./new ./a=0.7 ./b=0.5 --method ties --density 0.2[/cyan]
+    the largest fifth of each; where they pull apart, the stronger wins
+
+    [cyan]polydelta adapters merge ./less ./a=1 ./b=-0.5 --dtype bfloat16[/cyan]
+    one adapter less half of another, in half the space
+    """
+    recipe = MergeRecipe(method, density, seed, rank, election)
+    settings = load_settings(model=model)
+    refs = [_source(text, settings.adapters) for text in sources]
+    # Here and not above: `polydelta --help` must not wait for torch.
+    import torch
+
+    from polydelta.adapters_store.formats.peft_writer import check_free, write_adapter
+    from polydelta.engine.models.checkpoint import open_checkpoint
+    from polydelta.engine.models.decoder import base_layout
+
+    # Before the work: a taken name should not cost the wait.
+    check_free(out)
+    base = open_checkpoint(settings.model)
+    layout = base_layout(base.config, base.id)
+    merged = _merge([(_read(ref, layout), weight) for ref, weight in refs], recipe)
+    base_name = _base_name(refs) or settings.model or base.id
+    write_adapter(out, merged.modules, base_name, getattr(torch, dtype))
+    Console().print(_facts(out, merged, recipe, dtype))
+
+
+def _source(text: str, roots: Sequence[Path]) -> tuple[AdapterRef, float]:
+    """FOLDER=WEIGHT, the folder named by path or by id. Raises SettingsError."""
+    name, equals, number = text.rpartition("=")
+    if not equals or not name:
+        raise SettingsError(f"FOLDER=WEIGHT: {text!r} has no weight; write {text.strip('=')}=1.0.")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight) or weight == 0:
+        raise SettingsError(
+            f"FOLDER=WEIGHT: the weight of {name!r} is {number!r}; give a number other than 0, "
+            "such as 0.5."
+        )
+    places = [Path(name), *(root / name for root in roots if is_id(name))]
+    for path in places:
+        if path.is_dir():
+            return AdapterRef(path.absolute().name, 1, path), weight
+    raise SettingsError(
+        f"FOLDER=WEIGHT: there is no folder {name!r}, nor an adapter of this id; "
+        "`polydelta adapters list` shows the ids."
+    )
+
+
+def _read(ref: AdapterRef, layout: BaseLayout) -> Adapter:
+    """Raises InvalidAdapterError, which says which of them it is."""
+    from polydelta.adapters_store.formats import read_adapter
+
+    try:
+        return read_adapter(ref, layout)
+    except InvalidAdapterError as error:
+        raise InvalidAdapterError(f"{str(ref.path)!r}: {error}") from None
+
+
+def _base_name(refs: Sequence[tuple[AdapterRef, float]]) -> str | None:
+    """What the adapters' configs call their base, if all say the same: often a hub id, where we
+    know only a folder."""
+    from polydelta.adapters_store.formats.files import read_config_bytes
+    from polydelta.adapters_store.formats.peft_config import parse_config
+
+    configs = [parse_config(read_config_bytes(ref.path)) for ref, _ in refs]
+    names = {str(config.get("base_model_name_or_path") or "") for config in configs}
+    return names.pop() if len(names) == 1 else None
+
+
+def _merge(sources: Sequence[Source], recipe: MergeRecipe) -> MergedAdapter:
+    """With a progress bar over the modules."""
+    from polydelta.adapters_store.merging import merge as merge_adapters
+
+    console = Console(stderr=True)
+    columns = (TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # In a log file a bar is noise.
+    quiet = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+        task = progress.add_task("merging", total=None)
+        return merge_adapters(
+            sources,
+            recipe,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
+def _facts(out: Path, merged: MergedAdapter, recipe: MergeRecipe, dtype: Dtype) -> Table:
+    """What was written, for people."""
+    from polydelta.adapters_store.inspection import inspect
+
+    summary = inspect(out)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("folder", escape(str(out)))
+    facts.add_row("method", _described(recipe))
+    facts.add_row("format", f"{summary.format} in {dtype}")
+    facts.add_row("modules", str(summary.modules))
+    if summary.ranks:
+        facts.add_row("ranks", ", ".join(str(rank) for rank in summary.ranks))
+    facts.add_row("size", ByteSize(summary.bytes).human_readable())
+    facts.add_row("error", _error(merged))
+    return facts
+
+
+def _described(recipe: MergeRecipe) -> str:
+    density = "" if recipe.density is None else f", density {recipe.density}"
+    seed = f", seed {recipe.seed}" if recipe.method.draws else ""
+    election = f", election by {recipe.election}" if recipe.method.elects else ""
+    return f"{recipe.method}{density}{election}{seed}"
+
+
+def _error(merged: MergedAdapter) -> str:
+    """What the rank leaves out; rounding to the file's number format comes on top."""
+    if not any(module.norm for module in merged.by_module.values()):
+        return "none: exact but for rounding"
+    worst = max(merged.by_module, key=lambda name: merged.by_module[name].error)
+    return (
+        f"{merged.error:.2%} of the change is beyond the rank"
+        f" ({merged.by_module[worst].error:.2%} in {escape(worst)})"
+    )

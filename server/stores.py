@@ -1,0 +1,76 @@
+"""The adapter store that the settings describe, and what a server needs around it."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING
+
+from polydelta.adapters_store.folders import FolderCatalog
+from polydelta.server.settings import ServerSettings
+
+if TYPE_CHECKING:  # these import torch, which takes seconds
+    from polydelta.adapters_store.store import AdapterStore
+    from polydelta.adapters_store.upload.publisher import Publisher
+    from polydelta.engine.build import MakeLoader
+    from polydelta.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+def open_store(settings: ServerSettings) -> AdapterStore:
+    """Raises StoreError."""
+    from polydelta.adapters_store.store import AdapterStore, StoreConfig
+
+    config = StoreConfig(
+        folder=settings.store,
+        storage_url=settings.storage,
+        catalog_url=None if settings.catalog is None else settings.catalog.get_secret_value(),
+        quota_bytes=int(settings.store_quota),
+    )
+    return AdapterStore(config, FolderCatalog(settings.adapters))
+
+
+def disk_tier(store: AdapterStore, settings: ServerSettings) -> MakeLoader:
+    """What the engine loads adapters with, once the model is known."""
+    from polydelta.adapters_store.disk_tier import DiskTier
+
+    return lambda layout, dtype: DiskTier(
+        layout, dtype, store.packed_folder, store.content, int(settings.packed_cache)
+    )
+
+
+def pin_again(store: AdapterStore, engine: Engine) -> None:
+    """Brings the adapters that were pinned before the restart back into the pool."""
+    for record in store.catalog.pinned():
+        loading = engine.load_adapter(store.ref(record), pin=True)
+        loading.add_done_callback(partial(_warn, record.name))
+
+
+def _warn(name: str, loading: Future[None]) -> None:
+    if (error := loading.exception()) is not None:
+        logger.warning("%s could not be pinned again: %s", name, error)
+
+
+def make_publisher(store: AdapterStore, engine: Engine, settings: ServerSettings) -> Publisher:
+    """What makes versions of uploads, checked against the engine's model."""
+    from polydelta.adapters_store.disk_tier import DiskTier
+    from polydelta.adapters_store.upload.limits import UploadLimits
+    from polydelta.adapters_store.upload.publisher import Publisher
+    from polydelta.engine.build import torch_dtype
+
+    limits = UploadLimits(
+        max_file_bytes=int(settings.max_upload),
+        max_total_bytes=int(settings.max_upload),
+        max_rank=settings.max_adapter_rank,
+    )
+    tier = DiskTier(
+        engine.layout,
+        torch_dtype(settings.dtype),
+        store.packed_folder,
+        store.content,
+        int(settings.packed_cache),
+    )
+    roots = (*settings.adapter_root, *settings.adapters)
+    return Publisher(store, tier, engine.layout, limits, roots)
