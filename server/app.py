@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
+from polydelta.server.adapters.lora_routes import lora_router
+from polydelta.server.adapters.routes import adapters_router
 from polydelta.server.auth import BearerAuth
 from polydelta.server.errors import install_error_handlers
 from polydelta.server.health import health_router
@@ -45,6 +47,8 @@ def create_app(
     app.include_router(models_router(service))
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
+    app.include_router(adapters_router(service))
+    app.include_router(lora_router(service))
     if settings.api_key:
         keys = [key.get_secret_value() for key in settings.api_key]
         app.add_middleware(BearerAuth, keys=keys)

@@ -12,11 +12,12 @@ from polydelta.adapters_store.errors import AdapterError
 from polydelta.engine.models.errors import ModelError
 from polydelta.server.cli_adapters import adapters
 from polydelta.server.cli_generate import GenerateError, generate
+from polydelta.server.cli_push import PushError
 from polydelta.server.cli_serve import serve
 from polydelta.server.settings import SettingsError
 
 # What a user can mend: told in one line. Anything else is a bug and shows its traceback.
-USER_ERRORS = (SettingsError, ModelError, AdapterError, GenerateError)
+USER_ERRORS = (SettingsError, ModelError, AdapterError, GenerateError, PushError)
 
 app = typer.Typer(
     help="Serve one base language model and thousands of fine-tuned variants of it.",

@@ -1,4 +1,4 @@
-"""`polydelta adapters list|inspect|merge`: adapters on disk, and what would refuse them."""
+"""`polydelta adapters list|inspect|merge|push`: adapters on disk, and what would refuse them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.server.cli_merge import merge
+from polydelta.server.cli_push import push
 from polydelta.server.settings import load_settings
 
 if TYPE_CHECKING:
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 COLUMNS = ("id", "format", "kinds", "ranks", "size", "modules")
 
 adapters = typer.Typer(
-    help="Look at adapters on disk, and merge them.",
+    help="Look at adapters on disk, merge them, and send them to a server.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
 adapters.command("merge")(merge)
+adapters.command("push")(push)
 
 
 @adapters.command("list")

@@ -48,6 +48,8 @@ def start_server(log: Path, *options: str) -> RunningServer:
     """A server that answers /ready."""
     port = free_port()
     command = [sys.executable, "-m", "polydelta.server", "serve", "--port", str(port), *options]
+    if "--store" not in options:
+        command += ["--store", str(log.parent / "store")]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("POLYDELTA_")}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from polydelta.adapters_store.composition import Share
+from polydelta.adapters_store.composition import Share, combine
 from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.engine.engine import Engine
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.models.decoder import base_layout
 from polydelta.engine.request import GenerationRequest, RequestOutput, SamplingParams
 
+SUM = "a weighted sum"
+WEIGHTS = {"lora-3": 0.7, "lora-8": -0.4, "shira-b": 1.5}
 ADAPTERS = ("lora-3", "lora-8", "lora-12", "lora-40", "shira-a", "shira-b")
 REQUESTS = 24
 
@@ -37,12 +39,13 @@ def write_adapters(writer: Callable, checkpoint: Checkpoint) -> Path:
 def make_requests(
     catalog: FolderCatalog, max_prompt: int, max_tokens: int, seeded: bool = False
 ) -> list[GenerationRequest]:
-    """Base and every adapter in turn; prompts of odd lengths, some with a shared beginning."""
+    """Base, every adapter and a sum of three in turn; prompts of odd lengths, some of which begin
+    alike."""
     chance = random.Random(5)
     shared = [chance.randrange(3, 40000) for _ in range(max_prompt)]
     requests = []
     for number in range(REQUESTS):
-        name = (None, *ADAPTERS)[number % 7]
+        name = (None, *ADAPTERS, SUM)[number % 8]
         own = [chance.randrange(3, 40000) for _ in range(chance.randrange(1, max_prompt))]
         prompt = shared[: chance.randrange(max_prompt)] + own if number % 3 else own
         params = SamplingParams(
@@ -52,7 +55,8 @@ def make_requests(
             seed=number,
             ignore_eos=True,
         )
-        adapters = (Share(catalog.resolve(name)),) if name else ()
+        shares = WEIGHTS if name == SUM else {name: 1.0} if name else {}
+        adapters = combine(Share(catalog.resolve(one), w) for one, w in shares.items())
         requests.append(GenerationRequest(f"request-{number}", prompt, params, adapters))
     return requests
 

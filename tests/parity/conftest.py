@@ -40,11 +40,11 @@ class StateDict:
 
 
 class Chunk(NamedTuple):
-    """The next tokens of one sequence, and the adapter that computes them."""
+    """The next tokens of one sequence, and the adapter that computes them, or a weighted sum."""
 
     sequence: int
     tokens: Sequence[int]
-    adapter: PoolAdapter | None = None
+    adapter: PoolAdapter | Sequence[tuple[PoolAdapter, float]] | None = None
 
 
 class PagedDecoder:
@@ -95,8 +95,9 @@ class PagedDecoder:
             places = range(first, first + len(chunk))
             while len(table) * BLOCK_SIZE < places.stop:
                 table.append(self.free_pages.pop())
-            if adapter is not None:
-                segments.append(AdapterSegment(len(tokens), len(tokens) + len(chunk), adapter))
+            shares = [(adapter, 1.0)] if isinstance(adapter, PoolAdapter) else adapter or ()
+            stop = len(tokens) + len(chunk)
+            segments += [AdapterSegment(len(tokens), stop, one, weight) for one, weight in shares]
             slices.append(SequenceSlice(len(tokens), len(chunk), places.stop, list(table)))
             tokens += chunk
             positions += places
