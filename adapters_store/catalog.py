@@ -9,10 +9,12 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    URL,
     BigInteger,
     Engine,
     Select,
     String,
+    case,
     create_engine,
     delete,
     event,
@@ -20,7 +22,13 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    IntegrityError,
+    NoSuchModuleError,
+    SQLAlchemyError,
+    StatementError,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from polydelta.adapters_store.errors import StoreError, UnknownAdapterError
@@ -35,13 +43,18 @@ from polydelta.adapters_store.records import (
 # Changes with the tables; a database that was made by another one is not touched.
 SCHEMA = 1
 
+# In the order of code points, as Python sorts, whatever the database's language.
+_ID = String(128).with_variant(String(128, collation="C"), "postgresql")
+
+_SCHEMA = "polydelta_schema"
+
 
 class _Base(DeclarativeBase):
     pass
 
 
 class _Schema(_Base):
-    __tablename__ = "polydelta_schema"
+    __tablename__ = _SCHEMA
 
     number: Mapped[int] = mapped_column(primary_key=True)
 
@@ -51,14 +64,14 @@ class _Adapter(_Base):
 
     __tablename__ = "polydelta_adapters"
 
-    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    id: Mapped[str] = mapped_column(_ID, primary_key=True)
     last_version: Mapped[int]
 
 
 class _Version(_Base):
     __tablename__ = "polydelta_versions"
 
-    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    id: Mapped[str] = mapped_column(_ID, primary_key=True)
     version: Mapped[int] = mapped_column(primary_key=True)
     digest: Mapped[str] = mapped_column(String(64), index=True)
     format: Mapped[str] = mapped_column(String(32))
@@ -102,14 +115,18 @@ class Catalog:
     Every method raises StoreError when the database cannot be reached.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str | URL) -> None:
         """url: as SQLAlchemy has it, such as `sqlite:////path/catalog.db` or
         `postgresql+psycopg://user:password@host/database`. Makes the tables if there are none."""
         self._engine = _connect(url)
         try:
-            _Base.metadata.create_all(self._engine)
-            self._check_schema()
-        except SQLAlchemyError as error:
+            self._make_tables()
+        except StoreError:
+            self.close()
+            raise
+        # Also what a driver says of the URL's options.
+        except (SQLAlchemyError, TypeError, ValueError) as error:
+            self.close()
             raise StoreError(f"The catalog cannot be opened: {_reason(error)}.") from None
 
     def close(self) -> None:
@@ -230,7 +247,8 @@ class Catalog:
     def count_uses(self, uses: Iterable[tuple[str, int, int, float]]) -> None:
         """Adds to versions' uses: (id, version, requests, when the latest one began)."""
         with self._session() as session, session.begin():
-            for adapter_id, version, count, when in uses:
+            # In an order, so that two processes do not wait for each other's rows.
+            for adapter_id, version, count, when in sorted(uses):
                 session.execute(
                     update(_Version)
                     .where(_Version.id == adapter_id, _Version.version == version)
@@ -247,13 +265,19 @@ class Catalog:
 
     def _add(self, record: AdapterRecord, at_least: int) -> AdapterRecord:
         with self._session() as session, session.begin():
-            # Where rows can be locked, others wait here for the number that this one takes.
-            adapter = session.get(_Adapter, record.id, with_for_update=True)
-            if adapter is None:
-                adapter = _Adapter(id=record.id, last_version=0)
-                session.add(adapter)
-            adapter.last_version = max(adapter.last_version + 1, at_least)
-            added = replace(record, version=adapter.last_version)
+            following = _Adapter.last_version + 1
+            # Written before it is read, so that others wait here until this one has its number.
+            version = session.scalar(
+                update(_Adapter)
+                .where(_Adapter.id == record.id)
+                .values(last_version=case((following > at_least, following), else_=at_least))
+                .returning(_Adapter.last_version)
+                .execution_options(synchronize_session=False)
+            )
+            if version is None:
+                version = at_least
+                session.add(_Adapter(id=record.id, last_version=version))
+            added = replace(record, version=version)
             session.add(_row(added))
         return added
 
@@ -265,16 +289,29 @@ class Catalog:
     def _session(self) -> Session:
         return _CatalogSession(self._engine, expire_on_commit=False)
 
-    def _check_schema(self) -> None:
-        with self._session() as session, session.begin():
+    def _make_tables(self) -> None:
+        for _ in range(8):
+            try:
+                return self._make_missing_tables()
+            except StatementError as error:
+                # Another process may make the same ones now; if not, it fails again below.
+                if error.statement is None:
+                    raise
+        return self._make_missing_tables()
+
+    def _make_missing_tables(self) -> None:
+        with Session(self._engine) as session, session.begin():
+            _Base.metadata.create_all(session.connection(), tables=[_Base.metadata.tables[_SCHEMA]])
             numbers = list(session.scalars(select(_Schema.number)))
+            if numbers not in ([], [SCHEMA]):
+                raise StoreError(
+                    "The catalog was made by another version of PolyDelta (schema "
+                    f"{numbers[-1]}, this one reads {SCHEMA}): use that version, or another "
+                    "catalog."
+                )
+            _Base.metadata.create_all(session.connection())
             if not numbers:
                 session.add(_Schema(number=SCHEMA))
-        if numbers not in ([], [SCHEMA]):
-            raise StoreError(
-                f"The catalog was made by another version of PolyDelta (schema {numbers[-1]}, this "
-                f"one reads {SCHEMA}): use that version, or another catalog."
-            )
 
 
 class _CatalogSession(Session):
@@ -309,13 +346,20 @@ def _row(record: AdapterRecord) -> _Version:
     )
 
 
-def _connect(url: str) -> Engine:
+def _connect(url: str | URL) -> Engine:
     try:
         engine = create_engine(url, pool_pre_ping=True)
-    except (ArgumentError, NoSuchModuleError, ImportError) as error:
+    except (NoSuchModuleError, ImportError) as error:
         raise StoreError(
-            f"The catalog's URL cannot be used ({error}): write it as SQLAlchemy does, and install "
-            "its driver, such as the extra polydelta[postgres]."
+            f"The catalog's URL names a database without a driver here ({error}): write "
+            "`postgresql+psycopg://...` and install polydelta[postgres], or leave it out."
+        ) from None
+    except (ArgumentError, ValueError):
+        # What they say of the URL may have a piece of the password in it.
+        raise StoreError(
+            "The catalog's URL cannot be read: write `sqlite:////path/catalog.db` or "
+            "`postgresql+psycopg://user:password@host:port/database`, with %40 for @, %2F for / "
+            "and %3A for : in the password."
         ) from None
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _tune_sqlite)
@@ -325,12 +369,13 @@ def _connect(url: str) -> Engine:
 def _tune_sqlite(connection: Any, _: Any) -> None:
     """Readers never wait for a writer, and what was committed outlives a crash of the machine."""
     cursor = connection.cursor()
+    cursor.execute("PRAGMA busy_timeout=10000")
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=FULL")
-    cursor.execute("PRAGMA busy_timeout=10000")
     cursor.close()
 
 
-def _reason(error: SQLAlchemyError) -> str:
+def _reason(error: Exception) -> str:
     """One line, without the statement and its values."""
-    return str(getattr(error, "orig", None) or type(error).__name__).strip().splitlines()[0]
+    reason = error.orig if isinstance(error, StatementError) else error
+    return next(iter(str(reason).strip().splitlines()), type(error).__name__).rstrip(".")

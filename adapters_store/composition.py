@@ -37,19 +37,28 @@ def combine(shares: Iterable[Share]) -> Shares:
 
     Raises CompositionError for too many shares, or for a weight that is not finite.
     """
-    weights: dict[AdapterRef, float] = {}
+    weights: dict[AdapterRef, list[float]] = {}
     for share in shares:
-        weights[share.ref] = weights.get(share.ref, 0.0) + share.weight
+        weights.setdefault(share.ref, []).append(share.weight)
     if len(weights) > MAX_SHARES:
         raise CompositionError(
             f"adapters: a sum has at most {MAX_SHARES} adapters, here are {len(weights)} (those of "
             "saved compositions counted one by one): merge some with `polydelta adapters merge`."
         )
-    for ref, weight in weights.items():
+    totals = {ref: _total(each) for ref, each in weights.items()}
+    for ref, weight in totals.items():
         if not math.isfinite(weight):
             raise CompositionError(f"adapters: the weight of {ref.name!r} is {weight}, not finite.")
-    kept = [Share(ref, weight) for ref, weight in weights.items() if weight != 0.0]
+    kept = [Share(ref, weight) for ref, weight in totals.items() if weight != 0.0]
     return tuple(sorted(kept, key=lambda share: share.ref.name))
+
+
+def _total(weights: Iterable[float]) -> float:
+    """The sum, rounded once, so that it is the same in any order."""
+    try:
+        return math.fsum(weights)
+    except (OverflowError, ValueError):  # beyond what a float holds, or infinities that meet
+        return math.nan
 
 
 def check_addable(name: str, kinds: Collection[str]) -> None:

@@ -5,6 +5,7 @@ Identical uploads are one content, whatever they are called.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 
 import fsspec
 
-from polydelta.adapters_store.errors import StoreError
+from polydelta.adapters_store.errors import InvalidAdapterError, StoreError
 from polydelta.adapters_store.formats.files import folder_digest
 from polydelta.adapters_store.reference import CONFIG_FILE, WEIGHTS_FILE
 
@@ -54,24 +55,22 @@ class LocalContent:
     def add(self, digest: str, staged: Path) -> None:
         folder = self.path(digest)
         try:
-            if folder.is_dir():
-                # Mends what the disk may have lost; file by file, so that it is whole all the time.
+            # Files that are whole stay what they are: somebody may be reading them.
+            if not _moved(staged, folder) and not _is_whole(folder, digest):
+                # File by file, so that none is missing at any time.
                 for name in FILES:
                     os.replace(staged / name, folder / name)
-            else:
-                os.rename(staged, folder)
             _sync(folder)
             _sync(self._root)
         except OSError as error:
             raise _failed("written", error) from None
 
     def fetch(self, digest: str) -> Path:
-        folder = self.path(digest)
-        if not all((folder / name).is_file() for name in FILES):
+        if not self.holds(digest):
             raise StoreError(
                 f"The files of content {digest[:12]} are gone from the store: upload it again."
             )
-        return folder
+        return self.path(digest)
 
     def remove(self, digest: str) -> None:
         gone = self._root / f".gone-{uuid.uuid4().hex}"
@@ -85,7 +84,8 @@ class LocalContent:
         shutil.rmtree(gone, ignore_errors=True)
 
     def holds(self, digest: str) -> bool:
-        return self.path(digest).is_dir()
+        folder = self.path(digest)
+        return all((folder / name).is_file() for name in FILES)
 
     def sweep(self, wanted: set[str]) -> None:
         """Removes what a crash has left: contents that no version has."""
@@ -134,8 +134,8 @@ class RemoteContent:
             return self._cache.fetch(digest)
         # Beside its place, so that it gets there by a rename; swept when it stays behind.
         part = self._cache.path(f".part-{uuid.uuid4().hex}")
-        part.mkdir()
         try:
+            part.mkdir()
             for name in FILES:
                 self._files.get_file(self._remote(digest, name), str(part / name))
             if folder_digest(part) != digest:
@@ -163,6 +163,25 @@ class RemoteContent:
 
     def _remote(self, digest: str, *name: str) -> str:
         return "/".join((self._origin, digest, *name))
+
+
+def _moved(folder: Path, place: Path) -> bool:
+    """Whether a folder could be renamed: not to a place where one lies already. It is tried and
+    not looked up, because another thread may fetch the same content."""
+    try:
+        os.rename(folder, place)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
+def _is_whole(folder: Path, digest: str) -> bool:
+    try:
+        return folder_digest(folder) == digest
+    except InvalidAdapterError:
+        return False
 
 
 def _sync(folder: Path) -> None:

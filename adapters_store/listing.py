@@ -11,6 +11,9 @@ from polydelta.adapters_store.records import AdapterFacts, AdapterRecord, Source
 from polydelta.adapters_store.reference import AdapterName, AdapterRef
 from polydelta.adapters_store.store import AdapterStore
 
+# Records that `all` asks the catalog for at a time.
+ALL_PAGE = 500
+
 
 class AdapterListing:
     """Looks into folders as records are asked for, and into each again only when its files change.
@@ -33,6 +36,13 @@ class AdapterListing:
         uploaded = self._store.catalog.page(after, limit, labels, kind)
         folders = iter(()) if labels else self._folder_records(after, kind)
         return list(islice(merge(uploaded, folders, key=lambda record: record.id), limit))
+
+    def all(self) -> Iterator[AdapterRecord]:
+        """Everything that `page` has, page by page."""
+        after = ""
+        while records := self.page(after, ALL_PAGE, {}, None):
+            yield from records
+            after = records[-1].id
 
     def record(self, name: AdapterName) -> AdapterRecord:
         """The version that a name means now. Raises UnknownAdapterError."""

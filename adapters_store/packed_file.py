@@ -1,14 +1,17 @@
 """The packed form of an adapter as a file, so that loading it again is one sequential read.
 
-    magic | length of the header (8 bytes, little-endian) | header (JSON) | padding | layers
+    magic | sha256 of the header | length of the header (8 bytes, little-endian) | header (JSON)
+    padding | layers
 
 A layer starts at a multiple of ALIGNMENT, as its tensors do within it. The file is a cache of what
-`packing.pack` makes: written whole or not at all; one that is not understood is made anew.
+`packing.pack` makes: written whole or not at all; one that is not understood is made anew. A header
+that the disk has damaged is noticed; damaged layers are not, because they are not read here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import mmap
 import os
@@ -32,7 +35,7 @@ from polydelta.adapters_store.packing import (
 )
 
 # The digit changes with the layout of the file or of what is packed.
-MAGIC = b"polydelta-packed-1\n"
+MAGIC = b"polydelta-packed-2\n"
 
 _TYPES = {
     kind.__name__: kind
@@ -56,7 +59,8 @@ def write_packed(packed: PackedAdapter, path: Path) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(MAGIC + len(header).to_bytes(8, "little") + header)
+            file.write(MAGIC + hashlib.sha256(header).digest())
+            file.write(len(header).to_bytes(8, "little") + header)
             file.write(bytes(-file.tell() % ALIGNMENT))
             for layer in packed.layers:
                 file.write(layer.data.numpy().data)
@@ -107,11 +111,16 @@ def _layer(data: Tensor, layer: dict[str, Any]) -> PackedLayer:
 
 def _header(mapped: mmap.mmap) -> tuple[Any, int]:
     """The header, and where the data begins."""
-    start = len(MAGIC) + 8
     if mapped[: len(MAGIC)] != MAGIC:
         raise ValueError("another kind of file, or of another version")
-    end = start + int.from_bytes(mapped[len(MAGIC) : start], "little")
-    return json.loads(mapped[start:end]), end + -end % ALIGNMENT
+    mapped.seek(len(MAGIC))
+    digest, length = mapped.read(32), int.from_bytes(mapped.read(8), "little")
+    start = mapped.tell()
+    header = mapped[start : start + length]
+    if hashlib.sha256(header).digest() != digest:
+        raise ValueError("the header is damaged")
+    end = start + len(header)
+    return json.loads(header), end + -end % ALIGNMENT
 
 
 def _encode(value: Any) -> Any:

@@ -11,6 +11,7 @@ row does, before its files. What a crash leaves besides is swept when the store 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import threading
@@ -19,6 +20,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from sqlalchemy import URL
 
 from polydelta.adapters_store.catalog import Catalog
 from polydelta.adapters_store.composition import Share, Shares, check_addable, combine
@@ -58,19 +61,21 @@ class AdapterStore:
         the first one sweeps what a crash has left. Raises StoreError."""
         try:
             config.folder.mkdir(parents=True, exist_ok=True)
-            self._presence = Presence(config.folder / "open.lock")
             local = LocalContent(config.folder / "content")
+            self._presence = Presence(config.folder / "open.lock")
         except OSError as error:
             raise StoreError(
                 f"The store {str(config.folder)!r} cannot be used ({error.strerror}): name another "
                 "folder with --store."
             ) from None
-        self.content: ContentStore = local
-        if config.storage_url is not None:
-            self.content = RemoteContent(config.storage_url, local)
         self.folders = folders
-        self.catalog = Catalog(config.catalog_url or f"sqlite:///{config.folder / 'catalog.db'}")
         self._config = config
+        try:
+            self.content = _content(config, local)
+            self.catalog = Catalog(config.catalog_url or _catalog_url(config.folder))
+        except BaseException:
+            self._presence.close()
+            raise
         self._leases = Leases(self._on_idle)
         # Versions to delete when their last user has gone.
         self._doomed: set[AdapterRef] = set()
@@ -80,17 +85,23 @@ class AdapterStore:
         self._contents = Turn(config.folder / "contents.lock")
         self._reaper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-reaper")
         self._flushed = time.monotonic()
-        if self._presence.alone:
-            self._finish_deletions()
-            local.sweep(self.catalog.digests())
-            shutil.rmtree(self.staging_folder, ignore_errors=True)
-        self._presence.settle()
+        try:
+            if self._presence.alone:
+                self._sweep(local)
+            self._presence.settle()
+        except BaseException:
+            self.catalog.close()
+            self._presence.close()
+            raise
 
     def close(self) -> None:
+        """Leases may be released later still. Raises StoreError when uses cannot be written."""
         self._reaper.shutdown()
-        self.flush()
-        self.catalog.close()
-        self._presence.close()
+        try:
+            self.flush()
+        finally:
+            self.catalog.close()
+            self._presence.close()
 
     @property
     def packed_folder(self) -> Path:
@@ -154,6 +165,25 @@ class AdapterStore:
             self.content.add(record.digest, staged)
             return self.catalog.add(record, at_least)
 
+    def mend(self, record: AdapterRecord, staged: Path) -> None:
+        """Takes over a staged folder in place of what may be left of the same content."""
+        with self._contents.taken():
+            if self.catalog.has_digest(record.digest):
+                self.content.add(record.digest, staged)
+
+    def add_composition(self, record: AdapterRecord, at_least: int = 1) -> AdapterRecord:
+        """Keeps a sum of other versions, none of which can be deleted from then on.
+
+        The record comes back with its version. Raises UnknownAdapterError for a part that has been
+        deleted meanwhile.
+        """
+        with self._names:
+            for part in record.parts:
+                found = self.catalog.find(part.id, part.version)
+                if found is None or found.state is not VersionState.READY:
+                    raise unknown(f"{part.id}@{part.version}")
+            return self.catalog.add(record, at_least)
+
     def rollback(self, adapter_id: str, version: int) -> AdapterRecord:
         """Makes the content of an older version the newest, as a version with a new number.
 
@@ -194,6 +224,8 @@ class AdapterStore:
             for record in busy:
                 self.catalog.change(record.id, record.version, state=VersionState.DELETING)
                 self._doomed.add(self.ref(record))
+                if not self.users(record):  # they were done just now, before it was doomed
+                    self._on_idle(self.ref(record))
             idle = [record for record in records if record not in busy]
             self.catalog.remove(name.id, [record.version for record in idle])
         self._clean_up(idle)
@@ -258,8 +290,13 @@ class AdapterStore:
         """What the engine computes for a version: itself, or the parts of a composition."""
         if not record.parts:
             return (Share(self.ref(record)),)
-        parts = [(self.catalog.find(part.id, part.version), part.weight) for part in record.parts]
-        return tuple(Share(self.ref(part), weight) for part, weight in parts if part is not None)
+        shares: list[Share] = []
+        for part in record.parts:
+            found = self.catalog.find(part.id, part.version)
+            if found is None:
+                raise unknown(f"{part.id}@{part.version}")
+            shares.append(Share(self.ref(found), part.weight))
+        return tuple(shares)
 
     def _named(self, name: AdapterName) -> list[AdapterRecord]:
         if name.version is not None:
@@ -274,7 +311,9 @@ class AdapterStore:
         names = {(record.id, record.version) for record in records}
         for composition in self.catalog.compositions():
             for part in composition.parts:
-                if (part.id, part.version) in names and composition not in records:
+                if (part.id, part.version) not in names:
+                    continue
+                if (composition.id, composition.version) not in names:
                     raise InUseError(
                         f"'{part.id}@{part.version}' is a part of the composition "
                         f"{composition.name!r}: delete that first."
@@ -283,7 +322,9 @@ class AdapterStore:
     def _on_idle(self, ref: AdapterRef) -> None:
         if ref in self._doomed:
             # On a thread of its own: whoever released the last lease must not wait for a disk.
-            self._reaper.submit(self._finish_deletion, ref)
+            # A store that is closed takes nothing more; the next one to open it finishes this.
+            with contextlib.suppress(RuntimeError):
+                self._reaper.submit(self._finish_deletion, ref)
 
     def _finish_deletion(self, ref: AdapterRef) -> None:
         try:
@@ -294,8 +335,16 @@ class AdapterStore:
                     return
                 self.catalog.remove(ref.id, [ref.version])
             self._clean_up([record])
-        except StoreError:
+        except (StoreError, OSError):
             logger.exception("deleting %s will be finished at the next start", ref.name)
+
+    def _sweep(self, local: LocalContent) -> None:
+        """Removes what a crash has left."""
+        self._finish_deletions()
+        local.sweep(self.catalog.digests())
+        shutil.rmtree(self.staging_folder, ignore_errors=True)
+        for part in self.packed_folder.glob("*/.*.part"):
+            part.unlink(missing_ok=True)
 
     def _finish_deletions(self) -> None:
         """Those that a stop came before."""
@@ -314,6 +363,15 @@ class AdapterStore:
                 if not self.catalog.has_digest(digest):
                     self.content.remove(digest)
                     shutil.rmtree(self.packed_folder / digest, ignore_errors=True)
+
+
+def _content(config: StoreConfig, local: LocalContent) -> ContentStore:
+    return local if config.storage_url is None else RemoteContent(config.storage_url, local)
+
+
+def _catalog_url(folder: Path) -> URL:
+    """A URL of its own, so that a folder's name may have any characters."""
+    return URL.create("sqlite", database=str(folder / "catalog.db"))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +13,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from polydelta.adapters_store.folders import FolderCatalog
+from polydelta.server import options
 from polydelta.server.cli_merge import merge
 from polydelta.server.cli_push import push
 from polydelta.server.settings import load_settings
+from polydelta.server.stores import open_store
 
 if TYPE_CHECKING:
     from polydelta.adapters_store.inspection import AdapterSummary
+    from polydelta.adapters_store.records import AdapterRecord
 
 COLUMNS = ("id", "format", "kinds", "ranks", "size", "modules")
 
@@ -34,28 +38,36 @@ adapters.command("push")(push)
 def list_adapters(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(help="Folders of adapters; without any, those that `serve` would take."),
+        typer.Argument(help="Folders of adapters; without any, all that `serve` would have."),
     ] = None,
+    store: options.Store = None,
 ) -> None:
-    """List the adapters in folders: kind, rank, size, and what would refuse them.
+    """List adapters, uploaded and in folders: kind, rank, size, and what would refuse them.
 
-    Reads configs and headers only; `inspect` checks numbers, and shapes against a base model.
+    Of folders it reads configs and headers only; `inspect` checks numbers, and shapes against a
+    base model.
 
     [bold]Examples[/bold]
 
     [cyan]polydelta adapters list[/cyan]
-    the samples that come along
+    what was uploaded, and the samples that come along
 
     [cyan]polydelta adapters list ./adapters ./more-adapters[/cyan]
     """
     # Here and not above: reading weights needs torch, which takes seconds to import.
     from polydelta.adapters_store.inspection import inspect
+    from polydelta.adapters_store.listing import AdapterListing
 
-    settings = load_settings(adapters=folders)
+    settings = load_settings(adapters=folders, store=store)
     table = Table(*COLUMNS, "looks sound")
-    for ref in FolderCatalog(settings.adapters).list():
-        summary = inspect(ref.path)
-        table.add_row(*_cells(summary), _verdict(summary))
+    if folders:
+        for ref in FolderCatalog(settings.adapters).list():
+            summary = inspect(ref.path)
+            table.add_row(*_cells(summary), _verdict(summary.problem))
+    else:
+        with closing(open_store(settings)) as opened:
+            for record in AdapterListing(opened).all():
+                table.add_row(*_record_cells(record), _verdict(record.problem))
     Console().print(table)
 
 
@@ -92,7 +104,7 @@ def inspect_adapter(
     for name, count in summary.modules_by_name.items():
         facts.add_row("", f"{escape(name)}: {count}")
     facts.add_row("digest", summary.digest)
-    facts.add_row(f"can be served by {escape(base.id)}", _verdict(summary))
+    facts.add_row(f"can be served by {escape(base.id)}", _verdict(summary.problem))
     Console().print(facts)
     if summary.problem:
         raise typer.Exit(1)
@@ -110,5 +122,18 @@ def _cells(summary: AdapterSummary) -> tuple[str, ...]:
     )
 
 
-def _verdict(summary: AdapterSummary) -> str:
-    return f"[red]no: {escape(summary.problem)}[/red]" if summary.problem else "[green]yes[/green]"
+def _record_cells(record: AdapterRecord) -> tuple[str, ...]:
+    """A version in the store or in a folder as text, in the order of COLUMNS."""
+    facts = record.facts
+    return (
+        escape(record.name),
+        facts.format,
+        ", ".join(facts.kinds),
+        str(facts.rank or ""),
+        ByteSize(facts.nbytes).human_readable(),
+        str(facts.modules),
+    )
+
+
+def _verdict(problem: str | None) -> str:
+    return f"[red]no: {escape(problem)}[/red]" if problem else "[green]yes[/green]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -54,6 +55,8 @@ class Server(uvicorn.Server):
     def __init__(
         self, app: FastAPI, engine: Engine, settings: ServerSettings, on_ready: Callable[[], None]
     ) -> None:
+        # Warns of every malformed upload, which anybody can send.
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)
         config = uvicorn.Config(
             app,
             log_level=settings.log_level,

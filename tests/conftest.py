@@ -27,6 +27,14 @@ from polydelta.engine.request import FinishReason, GenerationRequest, RequestOut
 from polydelta.kernels.ops import kernels_for
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nobodys_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever a test does not say, it never touches the store of the user who runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POLYDELTA_STORE", str(tmp_path_factory.mktemp("store")))
+        yield
+
+
 @dataclass
 class Answer:
     """Everything that one request was given."""

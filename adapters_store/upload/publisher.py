@@ -16,7 +16,7 @@ from polydelta.adapters_store.disk_tier import DiskTier
 from polydelta.adapters_store.errors import AdapterError, InvalidAdapterError
 from polydelta.adapters_store.labels import check_labels
 from polydelta.adapters_store.records import AdapterFacts, AdapterRecord, Part, Source
-from polydelta.adapters_store.reference import AdapterName, AdapterRef, check_id, parse_name
+from polydelta.adapters_store.reference import AdapterName, AdapterRef, check_id
 from polydelta.adapters_store.store import AdapterStore
 from polydelta.adapters_store.upload.limits import UploadLimits
 from polydelta.adapters_store.upload.outline import check_outline
@@ -74,23 +74,23 @@ class Publisher:
         """Checks an upload against the base model and makes it the newest version of an id.
 
         labels: None leaves those of the newest version. Nothing changes when that one has the same
-        content; only labels are replaced then. Raises TooLargeError beyond the store's quota.
+        content; only labels are replaced then, and files that were lost or damaged. Raises TooLargeError beyond the store's quota.
         """
         check_id(adapter_id)
         labels = None if labels is None else check_labels(labels)
         facts = check_outline(staged.folder, self._limits)
         with self._turn:
+            # First of all: an upload that is refused leaves the operator's folder what it is.
+            self._check_numbers(adapter_id, staged)
             at_least = self._adopt(adapter_id)
             newest = self._store.catalog.newest(adapter_id)
             if newest is not None and newest.digest == staged.digest:
-                if labels is not None and labels != newest.labels:
-                    name = AdapterName(newest.id, newest.version)
-                    newest = self._store.label(name, labels)
+                self._store.mend(newest, staged.folder)
+                newest = self._relabelled(newest, labels)
                 return Published(newest, created=False, ignored=staged.ignored)
-            self._check_numbers(adapter_id, staged)
-            if labels is None:
-                labels = {} if newest is None else newest.labels
-            record = self._record(adapter_id, staged.digest, facts, source, labels)
+            record = self._record(
+                adapter_id, staged.digest, facts, source, _labels_after(newest, labels)
+            )
             added = self._store.add(record, staged.folder, at_least)
         return Published(added, created=True, ignored=staged.ignored)
 
@@ -104,34 +104,43 @@ class Publisher:
             return self.publish(adapter_id, upload.finish(), labels, Source.PATH)
 
     def compose(
-        self, adapter_id: str, wanted: Sequence[tuple[str, float]], labels: Mapping[str, str]
+        self,
+        adapter_id: str,
+        wanted: Sequence[tuple[str, float]],
+        labels: Mapping[str, str] | None = None,
     ) -> Published:
         """Saves a weighted sum under a name of its own; its parts keep the versions of now.
 
-        Raises UnknownAdapterError for a part, CompositionError for what cannot be added up.
+        labels: as in `publish`. Nothing changes when the newest version is the same sum. Raises
+        UnknownAdapterError for a part, CompositionError for what cannot be added up.
         """
         check_id(adapter_id)
-        labels = check_labels(labels)
-        with self._turn:
+        labels = None if labels is None else check_labels(labels)
+        # The lease comes first: a sum that is refused leaves the operator's folders what they are.
+        with self._turn, self._store.lease(wanted) as lease:
+            for share in lease.shares:
+                self._adopt(share.ref.id)
+            parts = [
+                (self._store.find(AdapterName(s.ref.id, s.ref.version)), s.weight)
+                for s in lease.shares
+            ]
+            record = self._composition(adapter_id, parts)
             at_least = self._adopt(adapter_id)
-            for name, _ in wanted:
-                self._adopt(parse_name(name).id)
-            with self._store.lease(wanted) as lease:
-                parts = [
-                    (self._store.find(AdapterName(s.ref.id, s.ref.version)), s.weight)
-                    for s in lease.shares
-                ]
-                record = self._composition(adapter_id, parts, labels)
-                newest = self._store.catalog.newest(adapter_id)
-                if newest is not None and newest.parts == record.parts:
-                    return Published(newest, created=False)
-                return Published(self._store.catalog.add(record, at_least), created=True)
+            newest = self._store.catalog.newest(adapter_id)
+            if newest is not None and newest.parts == record.parts:
+                return Published(self._relabelled(newest, labels), created=False)
+            record = replace(record, labels=_labels_after(newest, labels))
+            return Published(self._store.add_composition(record, at_least), created=True)
+
+    def _relabelled(self, record: AdapterRecord, labels: Mapping[str, str] | None) -> AdapterRecord:
+        if labels is None or labels == record.labels:
+            return record
+        return self._store.label(AdapterName(record.id, record.version), labels)
 
     def _composition(
         self,
         adapter_id: str,
         parts: Sequence[tuple[AdapterRecord, float]],
-        labels: Mapping[str, str],
     ) -> AdapterRecord:
         if not parts:
             raise InvalidAdapterError(
@@ -145,7 +154,7 @@ class Publisher:
             nbytes=0,
         )
         digest = sum_digest([(part.digest, weight) for part, weight in parts])
-        record = self._record(adapter_id, digest, facts, Source.COMPOSITION, labels)
+        record = self._record(adapter_id, digest, facts, Source.COMPOSITION, {})
         saved = tuple(Part(part.id, part.version, weight) for part, weight in parts)
         return replace(record, parts=saved)
 
@@ -202,8 +211,7 @@ class Publisher:
     def _allowed(self, path: str) -> Path:
         """The folder that a client names. Raises InvalidAdapterError, with the same words whether
         a folder outside is there or not."""
-        folder = Path(path)
-        resolved = folder.resolve() if folder.is_absolute() and "\0" not in path else None
+        resolved = _resolved(Path(path))
         if resolved is None or not any(
             resolved.is_relative_to(root) for root in self._allowed_roots
         ):
@@ -212,3 +220,22 @@ class Publisher:
                 "server with --adapter-root, or upload the files with POST /v1/adapters."
             )
         return resolved
+
+
+def _labels_after(
+    newest: AdapterRecord | None, labels: Mapping[str, str] | None
+) -> Mapping[str, str]:
+    """Those of a new version, when the client gives `labels` or None."""
+    if labels is not None:
+        return labels
+    return {} if newest is None else newest.labels
+
+
+def _resolved(path: Path) -> Path | None:
+    """Where a client's path leads; None when it can lead nowhere."""
+    if not path.is_absolute():
+        return None
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError):  # links in a circle, a zero byte, a lone surrogate
+        return None

@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from polydelta.adapters_store.folders import FolderCatalog
+from polydelta.adapters_store.records import AdapterFacts, AdapterRecord, Source
 from polydelta.adapters_store.reference import CONFIG_FILE, WEIGHTS_FILE
+from polydelta.adapters_store.store import AdapterStore, StoreConfig
 from polydelta.server.cli import main
 
 
@@ -113,6 +116,23 @@ def test_a_model_that_is_not_there_is_one_line(run, tmp_path):
     assert code == 1
     assert err.startswith("Error:")
     assert "Traceback" not in err
+
+
+def test_adapters_list_shows_uploads_beside_folders(run, tmp_path):
+    store = AdapterStore(StoreConfig(tmp_path / "store"), FolderCatalog([]))
+    record = AdapterRecord(
+        "uploaded", 0, "0" * 64, AdapterFacts("LORA", ("LowRank",), 12, 30, 2048), "", 1.0,
+        Source.UPLOAD,
+    )  # fmt: skip
+    store.catalog.add(record)
+    store.close()
+    code, out, _ = run("adapters", "list", "--store", str(tmp_path / "store"))
+    assert code == 0
+    row = next(line for line in out.splitlines() if "uploaded@1" in line)
+    assert "LORA" in row
+    assert "12" in row
+    assert "2.0KiB" in row
+    assert any("iso-date@1" in line for line in out.splitlines())
 
 
 def test_adapters_list_shows_what_can_be_served_and_what_not(run, adapters):
