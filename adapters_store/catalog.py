@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -370,9 +371,20 @@ def _tune_sqlite(connection: Any, _: Any) -> None:
     """Readers never wait for a writer, and what was committed outlives a crash of the machine."""
     cursor = connection.cursor()
     cursor.execute("PRAGMA busy_timeout=10000")
-    cursor.execute("PRAGMA journal_mode=WAL")
+    _write_ahead(cursor)
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.close()
+
+
+def _write_ahead(cursor: Any) -> None:
+    """Where several make the same file at once, SQLite refuses this instead of waiting."""
+    for _ in range(100):
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError:
+            time.sleep(0.01)
+    cursor.execute("PRAGMA journal_mode=WAL")
 
 
 def _reason(error: Exception) -> str:

@@ -18,7 +18,7 @@ class Presence:
     """
 
     def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._handle = open(path, "ab")  # noqa: SIM115
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.alone = True
@@ -30,7 +30,8 @@ class Presence:
         fcntl.flock(self._handle, fcntl.LOCK_SH)
 
     def close(self) -> None:
-        os.close(self._handle)
+        """Safe to call again."""
+        self._handle.close()
 
 
 class Turn:

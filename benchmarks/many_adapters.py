@@ -5,16 +5,16 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle, islice
+from itertools import count, islice
 from random import Random
 from typing import Any
 
 from benchmarks.stored_adapters import ATTENTION, BLOCK_TOKENS, StoredAdapters, drop_from_page_cache
 from benchmarks.timed_answer import PATIENCE, Client, Deadline, TimedAnswer
 from polydelta.adapters_store.reference import AdapterRef
-from polydelta.engine.engine import Engine
+from polydelta.adapters_store.store import AdapterStore
 
 RANK, PROMPT_TOKENS, NEW_TOKENS = 8, 64, 32
 IN_FLIGHT, ROOM, HOST_ROOM = 16, 20, 100
@@ -41,8 +41,7 @@ class Case:
 
     name: str
     adapters: int
-    # Each request in flight has another adapter, as far as there are so many; otherwise they are
-    # drawn at random.
+    # One after the other, so that no two requests in flight share one; otherwise drawn at random.
     in_turn: bool = False
     rounds: list[Round] = field(default_factory=list)
 
@@ -55,11 +54,12 @@ class Case:
         times = sorted(time for one in self.rounds for time in one.first_token)
         return times[min(len(times) - 1, len(times) * percent // 100)]
 
-    def names(self, seed: int) -> cycle[str] | Any:
+    def names(self, seed: int) -> Iterator[str]:
         """The adapters of one request after the other."""
-        names = [adapter_name(number) for number in range(self.adapters)]
         random = Random(seed)
-        return cycle(names) if self.in_turn else iter(lambda: random.choice(names), "")
+        for number in count():
+            chosen = number % self.adapters if self.in_turn else random.randrange(self.adapters)
+            yield adapter_name(chosen)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -78,10 +78,10 @@ class Case:
 def make_cases(adapters: int) -> list[Case]:
     return [
         Case("5", 5),
-        Case("20: all fit", ROOM),
-        Case("40: twice the room", 2 * ROOM),
+        Case("20", ROOM),
+        Case("40", 2 * ROOM),
         Case(f"{adapters:,}", adapters),
-        Case("16 in flight all differ, all fit", ROOM, in_turn=True),
+        Case("20 in turn", ROOM, in_turn=True),
     ]
 
 
@@ -120,6 +120,7 @@ def measure_cases(
         HOST_ROOM * stored.tier.load(refs[0]).nbytes,
         IN_FLIGHT,
     )
+    client = Client(engine, PROMPT_TOKENS)
     try:
         for number in range(rounds):
             if number and deadline.passed:
@@ -127,7 +128,7 @@ def measure_cases(
             for case in cases:
                 # What an earlier case has read must not make this one's disk faster.
                 drop_from_page_cache(map(stored.packed_file, refs[: case.adapters]))
-                case.rounds.append(Traffic(stored, engine, case, number).run(requests))
+                case.rounds.append(Traffic(stored.store, client, case.names(number)).run(requests))
                 advance()
     finally:
         engine.shutdown()
@@ -136,24 +137,24 @@ def measure_cases(
 class Traffic:
     """Keeps requests in flight: whenever one ends, the next one is sent."""
 
-    def __init__(self, stored: StoredAdapters, engine: Engine, case: Case, seed: int) -> None:
-        self._store = stored.store
-        self._engine = engine
-        self._client = Client(engine, PROMPT_TOKENS)
-        self._names = case.names(seed)
+    def __init__(self, store: AdapterStore, client: Client, names: Iterator[str]) -> None:
+        """names: the adapters of one request after the other."""
+        self._store = store
+        self._client = client
+        self._names = names
         self._ended = threading.Semaphore(0)
         self._answers: list[TimedAnswer] = []
 
     def run(self, requests: int) -> Round:
-        """Counts from the moment when as many requests as fit the pool, or are in flight, have
-        been answered; those that are still in flight at the end are not counted."""
+        """What is counted lies between some that warm up and those that are in flight at the end."""
         # Of different lengths, so that they do not all end, and enter, together.
         for number in range(IN_FLIGHT):
             self._ask(NEW_TOKENS * (number + 1) // IN_FLIGHT)
-        self._follow(2 * ROOM)
-        began, before, first = time.perf_counter(), self._engine.stats(), len(self._answers)
+        self._follow(min(requests, 2 * ROOM))
+        stats, first = self._client.engine.stats, len(self._answers)
+        began, before = time.perf_counter(), stats()
         self._follow(requests)
-        ended, after, last = time.perf_counter(), self._engine.stats(), len(self._answers)
+        ended, after = time.perf_counter(), stats()
         for _ in range(IN_FLIGHT):
             self._wait()
         for answer in self._answers:
@@ -162,7 +163,7 @@ class Traffic:
         return Round(
             ended - began,
             tokens,
-            [answer.first_token for answer in islice(self._answers, first, last)],
+            [answer.first_token for answer in islice(self._answers, first, first + requests)],
             after.adapter_loads - before.adapter_loads,
             after.adapter_evictions - before.adapter_evictions,
         )

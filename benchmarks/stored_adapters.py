@@ -93,8 +93,8 @@ class StoredAdapters:
         for name, (out_features, in_features) in self.layout.module_shapes.items():
             if name.rpartition(".")[2] in modules:
                 key = f"base_model.model.{name}"
-                tensors[f"{key}.lora_A.weight"] = _normal(random, (rank, in_features), 0.02)
-                tensors[f"{key}.lora_B.weight"] = _normal(
+                tensors[f"{key}.lora_A.weight"] = _uniform(random, (rank, in_features), 0.02)
+                tensors[f"{key}.lora_B.weight"] = _uniform(
                     random, (out_features, rank), 0.01 / rank**0.5
                 )
         # On a thread that ends, for the reason given in engine/build.py.
@@ -118,8 +118,8 @@ def _config(rank: int, modules: Sequence[str]) -> bytes:
     return json.dumps(config).encode()
 
 
-def _normal(random: np.random.Generator, shape: tuple[int, int], deviation: float) -> Tensor:
+def _uniform(random: np.random.Generator, shape: tuple[int, int], largest: float) -> Tensor:
     """bfloat16, by numpy: torch would leave a team of OpenMP threads in this one."""
-    values = random.standard_normal(shape, dtype=np.float32) * np.float32(deviation)
+    values = (2 * random.random(shape, dtype=np.float32) - 1) * np.float32(largest)
     halves = (values.view(np.uint32) >> 16).astype(np.uint16)
     return torch.from_numpy(halves).view(torch.bfloat16)

@@ -14,7 +14,6 @@ from benchmarks.timed_answer import Client, Deadline, TimedAnswer
 from polydelta.adapters_store.composition import Share
 from polydelta.adapters_store.packed_file import in_memory
 from polydelta.adapters_store.reference import AdapterRef
-from polydelta.engine.engine import Engine
 
 SEQUENCES, PROMPT_TOKENS, RANK = 8, 32, 64
 # Tokens of each sequence before the adapter is asked for, and again before it is asked for anew.
@@ -75,13 +74,13 @@ def measure_disturbance(
     """advance: called after each turn."""
     ref = stored.publish("disturbing", RANK, ALL, seed=2000)
     engine = stored.make_engine(pages=1024, host_bytes=1 << 30, batch_size=SEQUENCES + 1)
-    result = Disturbance()
+    client, result = Client(engine, PROMPT_TOKENS), Disturbance()
     try:
         for turn in range(-1, turns):  # the first warms up
             if turn > 0 and deadline.passed:
                 break
             load = _load_alone(stored, ref)
-            before, cold, resident = _turn(stored, engine, ref)
+            before, cold, resident = _turn(stored, client, ref)
             advance()
             if turn >= 0:
                 result.load.append(load)
@@ -101,12 +100,11 @@ def _load_alone(stored: StoredAdapters, ref: AdapterRef) -> float:
 
 
 def _turn(
-    stored: StoredAdapters, engine: Engine, ref: AdapterRef
+    stored: StoredAdapters, client: Client, ref: AdapterRef
 ) -> tuple[list[float], Arrival, Arrival]:
     """Gaps of an undisturbed stretch; then the adapter comes from disk; then it is there."""
-    engine.evict_adapter(ref).result()
+    client.engine.evict_adapter(ref).result()
     drop_from_page_cache([stored.packed_file(ref)])
-    client = Client(engine, PROMPT_TOKENS)
     others = [client.ask(6 * QUIET_TOKENS) for _ in range(SEQUENCES)]
     _wait_for(others, QUIET_TOKENS // 2)
     began = time.perf_counter()

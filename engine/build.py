@@ -33,6 +33,9 @@ Report = Callable[[str, int, int], None]
 # From what adapters must fit and the dtype that they are computed in, to what reads them.
 MakeLoader = Callable[[BaseLayout, torch.dtype], AdapterLoader]
 
+# Where the model runs.
+DEVICE = torch.device("cpu")
+
 
 def no_report(stage: str, done: int, total: int) -> None:
     """For those who show no progress."""
@@ -48,7 +51,7 @@ def build_engine(
     report("Opening the model", 0, 1)
     checkpoint = open_checkpoint(model)
     report("Opening the model", 1, 1)
-    kernels = kernels_for(torch.device("cpu"))
+    kernels = kernels_for(DEVICE)
     # On a thread that ends: a thread's OpenMP team lives as long as it does, and where teams have
     # more threads than there are cores, all of them sleep at every barrier instead of spinning
     # (a decode step of 16 tokens on 2 cores: 25 ms with one team, 36 ms beside an idle one).
@@ -78,7 +81,9 @@ def assemble(
     )
     decoder = Decoder(model, weights, kernels, max_model_len, dtype)
     layout = base_layout(model, checkpoint.id)
-    host = HostStore(make_loader(layout, dtype), config.host_adapter_bytes)
+    host = HostStore(
+        make_loader(layout, dtype), config.host_adapter_bytes, pin=DEVICE.type == "cuda"
+    )
     runner = Runner(decoder, kernels, num_pages, config.block_size, dtype, host, config.fuse_after)
 
     wake, costs, pool = threading.Event(), CostModel(), PagePool(num_pages)

@@ -90,6 +90,8 @@ class Scheduler:
                 self._kv.grow(sequence, sequence.num_computed + count)
                 shares[sequence] = count
                 budget -= count
+        # Before the admission too: what host RAM has is there at once, and enters in this step.
+        self._prefetch()
         self._fail_unreadable()
         if self.num_preemptions == preemptions:
             self._admit_waiting(budget, shares)

@@ -74,7 +74,8 @@ class Publisher:
         """Checks an upload against the base model and makes it the newest version of an id.
 
         labels: None leaves those of the newest version. Nothing changes when that one has the same
-        content; only labels are replaced then, and files that were lost or damaged. Raises TooLargeError beyond the store's quota.
+        content; only labels are replaced then, and files that were lost or damaged. Raises
+        TooLargeError beyond the store's quota.
         """
         check_id(adapter_id)
         labels = None if labels is None else check_labels(labels)

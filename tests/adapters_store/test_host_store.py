@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from polydelta.adapters_store import host_store
+from polydelta.adapters_store import disk_tier
 from polydelta.adapters_store.delta import Adapter
+from polydelta.adapters_store.disk_tier import FolderLoader
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.folders import FolderCatalog
+from polydelta.adapters_store.formats.files import folder_digest
 from polydelta.adapters_store.host_store import HostStore
 from polydelta.adapters_store.packing import PackedAdapter
 from polydelta.adapters_store.reference import AdapterRef
@@ -26,7 +28,8 @@ def open_store(adapter_files: Any) -> Iterator[Open]:
     stores: list[HostStore] = []
 
     def open_store(capacity_bytes: int = 1 << 20, workers: int = 1) -> HostStore:
-        stores.append(HostStore(adapter_files.layout, torch.float32, capacity_bytes, workers))
+        loader = FolderLoader(adapter_files.layout, torch.float32)
+        stores.append(HostStore(loader, capacity_bytes, workers))
         return stores[-1]
 
     yield open_store
@@ -46,7 +49,7 @@ class Gate:
         self.reads: list[str] = []
         self.started = threading.Event()
         self.opened = threading.Event()
-        self._read = host_store.read_adapter
+        self._read = disk_tier.read_adapter
 
     def __call__(self, ref: AdapterRef, layout: Any) -> Adapter:
         self.reads.append(ref.name)
@@ -58,7 +61,7 @@ class Gate:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate()
-    monkeypatch.setattr(host_store, "read_adapter", gate)
+    monkeypatch.setattr(disk_tier, "read_adapter", gate)
     yield gate
     gate.opened.set()
 
@@ -66,10 +69,10 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 def test_a_load_gives_the_packed_adapter(
     open_store: Open, catalog: FolderCatalog, adapter_files: Any
 ) -> None:
-    adapter_files.lora("one")
+    folder = adapter_files.lora("one")
     packed = open_store().load(catalog.resolve("one")).result(TIMEOUT)
     assert isinstance(packed, PackedAdapter)
-    assert (packed.id, packed.version) == ("one", 1)
+    assert packed.digest == folder_digest(folder)
     assert packed.nbytes > 0
 
 
@@ -80,7 +83,7 @@ def test_load_returns_before_the_files_are_read(
     future = open_store().load(catalog.resolve("one"))
     assert not future.done()
     gate.opened.set()
-    assert future.result(TIMEOUT).id == "one"
+    assert future.result(TIMEOUT).nbytes > 0
 
 
 def test_many_who_ask_share_one_load(
@@ -120,7 +123,6 @@ def test_a_new_version_is_another_load(
     old = store.load(catalog.resolve("one")).result(TIMEOUT)
     adapter_files.lora("one", lora_alpha=100)
     new = store.load(catalog.resolve("one")).result(TIMEOUT)
-    assert (old.version, new.version) == (1, 2)
     assert old.digest != new.digest
 
 
@@ -144,7 +146,8 @@ def test_an_adapter_larger_than_the_store_is_handed_out_and_not_kept(
     gate.opened.set()
     adapter_files.lora("one")
     store, ref = open_store(capacity_bytes=1), catalog.resolve("one")
-    assert store.load(ref).result(TIMEOUT).id == store.load(ref).result(TIMEOUT).id == "one"
+    assert store.load(ref).result(TIMEOUT).digest == store.load(ref).result(TIMEOUT).digest
+    assert not store.holds(ref)
     assert len(gate.reads) == 2
 
 
@@ -160,7 +163,7 @@ def test_a_failed_load_says_why_and_the_next_one_tries_again(
     with pytest.raises(InvalidAdapterError, match=r"not a complete safetensors file"):
         store.load(ref).result(TIMEOUT)
     (folder / "adapter_model.safetensors").write_bytes(weights)
-    assert store.load(ref).result(TIMEOUT).id == "one"
+    assert store.load(ref).result(TIMEOUT).digest == folder_digest(folder)
 
 
 def test_files_that_changed_since_a_version_was_named_are_not_served_as_it(
@@ -174,7 +177,7 @@ def test_files_that_changed_since_a_version_was_named_are_not_served_as_it(
     (folder / "adapter_model.safetensors").write_bytes(weights)
     with pytest.raises(InvalidAdapterError, match=r"'one@1' have changed since it was asked for"):
         open_store().load(old).result(TIMEOUT)
-    assert open_store().load(catalog.resolve("one")).result(TIMEOUT).version == 2
+    assert open_store().load(catalog.resolve("one")).result(TIMEOUT).digest == folder_digest(folder)
 
 
 def test_an_adapter_that_is_deleted_before_it_is_read_fails_by_name_of_the_file(
@@ -195,7 +198,7 @@ def test_a_failure_that_nobody_foresaw_reaches_the_caller(
     def out_of_memory(ref: AdapterRef, layout: Any) -> Adapter:
         raise MemoryError
 
-    monkeypatch.setattr(host_store, "read_adapter", out_of_memory)
+    monkeypatch.setattr(disk_tier, "read_adapter", out_of_memory)
     with pytest.raises(MemoryError):
         open_store().load(catalog.resolve("one")).result(TIMEOUT)
 
@@ -208,7 +211,7 @@ def test_one_who_waits_cannot_cancel_the_load_of_the_others(
     first, second = store.load(ref), store.load(ref)
     assert not first.cancel()
     gate.opened.set()
-    assert second.result(TIMEOUT).id == "one"
+    assert second.result(TIMEOUT) is first.result(TIMEOUT)
 
 
 def test_a_callback_may_load_another_adapter(
@@ -238,9 +241,80 @@ def test_closing_ends_every_load_and_refuses_new_ones(
     gate.opened.set()
     closing.join(TIMEOUT)
     assert not wait(futures, TIMEOUT).not_done
-    assert futures[0].result().id == "a"
+    assert futures[0].result().nbytes > 0
     for future in futures[1:]:
         with pytest.raises(RuntimeError, match=r"closed"):
             future.result()
     with pytest.raises(RuntimeError):
         store.load(catalog.resolve("a"))
+
+
+def test_it_holds_what_has_been_loaded_and_not_what_is_loading(
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
+) -> None:
+    adapter_files.lora("one")
+    store, ref = open_store(), catalog.resolve("one")
+    assert not store.holds(ref)
+    future = store.load(ref)
+    assert gate.started.wait(TIMEOUT)
+    assert not store.holds(ref)
+    gate.opened.set()
+    future.result(TIMEOUT)
+    assert store.holds(ref)
+    assert not store.holds(AdapterRef("one", 2, ref.path))
+
+
+def test_asking_whether_it_holds_an_adapter_is_no_use_of_it(
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any
+) -> None:
+    for name in ("a", "b", "c"):
+        adapter_files.lora(name)
+    size = open_store().load(catalog.resolve("a")).result(TIMEOUT).nbytes
+    store = open_store(capacity_bytes=2 * size)
+    for name in ("a", "b"):
+        store.load(catalog.resolve(name)).result(TIMEOUT)
+    assert store.holds(catalog.resolve("a"))
+    store.load(catalog.resolve("c")).result(TIMEOUT)
+    assert [store.holds(catalog.resolve(name)) for name in ("a", "b", "c")] == [False, True, True]
+
+
+def test_what_is_forgotten_is_read_again_and_gives_its_bytes_to_others(
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
+) -> None:
+    gate.opened.set()
+    for name in ("a", "b", "c"):
+        adapter_files.lora(name)
+    size = open_store().load(catalog.resolve("a")).result(TIMEOUT).nbytes
+    store = open_store(capacity_bytes=2 * size)
+    gate.reads.clear()
+    for name in ("a", "b"):
+        store.load(catalog.resolve(name)).result(TIMEOUT)
+    store.forget(catalog.resolve("b"))
+    store.forget(catalog.resolve("b"))
+    assert not store.holds(catalog.resolve("b"))
+    store.load(catalog.resolve("c")).result(TIMEOUT)
+    assert store.holds(catalog.resolve("a"))
+    store.load(catalog.resolve("b")).result(TIMEOUT)
+    assert gate.reads == ["a@1", "b@1", "c@1", "b@1"]
+
+
+def test_what_was_handed_out_outlives_being_forgotten(
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any
+) -> None:
+    adapter_files.lora("one")
+    store, ref = open_store(), catalog.resolve("one")
+    packed = store.load(ref).result(TIMEOUT)
+    before = bytes(packed.layers[1].data.numpy())
+    store.forget(ref)
+    assert bytes(packed.layers[1].data.numpy()) == before
+
+
+def test_forgetting_what_is_loading_does_not_disturb_those_who_wait(
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
+) -> None:
+    adapter_files.lora("one")
+    store, ref = open_store(), catalog.resolve("one")
+    future = store.load(ref)
+    store.forget(ref)
+    gate.opened.set()
+    assert future.result(TIMEOUT).nbytes > 0

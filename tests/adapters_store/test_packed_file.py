@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from polydelta.adapters_store import packed_file
+from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.adapters_store.delta import Adapter
+from polydelta.adapters_store.packed_file import (
+    MAGIC,
+    UnreadableFileError,
+    in_memory,
+    read_packed,
+    write_packed,
+)
+from polydelta.adapters_store.packing import ALIGNMENT, PackedAdapter, PackedLayer, pack
+
+Make = Callable[..., PackedAdapter]
+
+
+@pytest.fixture
+def make(
+    adapter_files: Any,
+    layout: BaseLayout,
+    make_lora_tensors: Callable[..., Any],
+) -> Make:
+    """A packed adapter: a LoRA on two layers of three, SHiRA entries, both in one linear, or
+    nothing."""
+
+    def make(kind: str = "mixed", dtype: torch.dtype = torch.float32) -> PackedAdapter:
+        torch.manual_seed(3)
+        shira = adapter_files.read(adapter_files.shira())
+        modules = ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.q_proj")
+        tensors = {name: t for m in modules for name, t in make_lora_tensors(m, rank=3).items()}
+        targets = ["o_proj", "q_proj"]
+        lora = adapter_files.read(adapter_files.write("lora", tensors, r=3, target_modules=targets))
+        merged = dict(lora.modules)
+        for module, deltas in shira.modules.items():
+            merged[module] = (*merged.get(module, ()), *deltas)
+        made = {"lora": lora.modules, "shira": shira.modules, "mixed": merged, "nothing": {}}
+        return pack(Adapter("id", 1, "d" * 64, "LORA", made[kind]), layout, dtype)
+
+    return make
+
+
+def described(value: Any) -> Any:
+    """All that is known of packed data, as what can be compared: they are equal only as objects."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, bytes(value.numpy())
+    if is_dataclass(value):
+        return type(value), [described(getattr(value, field.name)) for field in fields(value)]
+    return [described(item) for item in value] if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["lora", "shira", "mixed", "nothing"])
+def test_what_is_read_is_what_was_packed_bit_for_bit(
+    make: Make, tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    packed = make(kind, dtype)
+    write_packed(packed, tmp_path / "new" / "folder" / "file")
+    read = read_packed(tmp_path / "new" / "folder" / "file")
+    assert described(read) == described(packed)
+    assert (read.nbytes, read.bytes_per_layer) == (packed.nbytes, packed.bytes_per_layer)
+
+
+def test_data_in_the_file_is_aligned_as_in_the_pool(make: Make, tmp_path: Path) -> None:
+    packed = make()
+    write_packed(packed, tmp_path / "file")
+    content = (tmp_path / "file").read_bytes()
+    assert content.startswith(MAGIC)
+    assert (len(content) - packed.nbytes) % ALIGNMENT == 0
+    assert content.endswith(b"".join(bytes(layer.data.numpy()) for layer in packed.layers))
+
+
+def test_what_was_read_outlives_its_file(make: Make, tmp_path: Path) -> None:
+    packed = make()
+    write_packed(packed, tmp_path / "file")
+    read = read_packed(tmp_path / "file")
+    (tmp_path / "file").unlink()
+    assert described(read) == described(packed)
+
+
+def test_writing_to_what_was_read_does_not_change_the_file(make: Make, tmp_path: Path) -> None:
+    packed = make()
+    write_packed(packed, tmp_path / "file")
+    read_packed(tmp_path / "file").layers[1].data.zero_()
+    assert described(read_packed(tmp_path / "file")) == described(packed)
+
+
+def test_in_memory_it_is_equal_and_in_one_piece(make: Make, tmp_path: Path) -> None:
+    packed = make()
+    write_packed(packed, tmp_path / "file")
+    for whole in (in_memory(packed), in_memory(read_packed(tmp_path / "file"))):
+        assert described(whole) == described(packed)
+        assert len({layer.data.untyped_storage().data_ptr() for layer in whole.layers}) == 1
+
+
+def test_a_file_that_is_cut_anywhere_is_unreadable(make: Make, tmp_path: Path) -> None:
+    write_packed(make("shira"), tmp_path / "file")
+    content = (tmp_path / "file").read_bytes()
+    rest = list(range(300, len(content) - 70, 13))
+    for end in (*range(300), *rest, *range(len(content) - 70, len(content))):
+        (tmp_path / "cut").write_bytes(content[:end])
+        with pytest.raises(UnreadableFileError):
+            read_packed(tmp_path / "cut")
+
+
+def test_a_file_that_goes_on_is_unreadable(make: Make, tmp_path: Path) -> None:
+    write_packed(make(), tmp_path / "file")
+    with open(tmp_path / "file", "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(UnreadableFileError, match="bytes of data instead of"):
+        read_packed(tmp_path / "file")
+
+
+def test_a_damaged_byte_before_the_data_makes_the_file_unreadable(
+    make: Make, tmp_path: Path
+) -> None:
+    """One in the data itself is not noticed: a digest of it would take longer than the reading."""
+    packed = make("shira")
+    write_packed(packed, tmp_path / "file")
+    content = (tmp_path / "file").read_bytes()
+    header = content[: len(content) - packed.nbytes].rstrip(b"\0")
+    chance = random.Random(5)
+    for place in (*range(80), *chance.sample(range(80, len(header)), 300)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << chance.randrange(8)
+        (tmp_path / "damaged").write_bytes(damaged)
+        with pytest.raises(UnreadableFileError):
+            read_packed(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 4096,
+        b"{}",
+        MAGIC,
+        MAGIC + b"\xff" * 40,
+        MAGIC + b"\0" * 4096,
+        MAGIC.replace(b"2", b"1") + b"\0" * 4096,
+    ],
+)
+def test_a_foreign_file_is_unreadable(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(UnreadableFileError):
+        read_packed(tmp_path / "file")
+
+
+def test_a_file_of_another_version_is_unreadable(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as other:
+        other.setattr(packed_file, "MAGIC", MAGIC.replace(b"2", b"3"))
+        write_packed(make(), tmp_path / "file")
+    with pytest.raises(UnreadableFileError, match="of another version"):
+        read_packed(tmp_path / "file")
+
+
+def test_what_is_no_file_is_unreadable(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing", tmp_path / "missing" / "file"):
+        with pytest.raises(UnreadableFileError):
+            read_packed(path)
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_what_was_there_before(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "file").write_text("older")
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_packed(make(), tmp_path / "file")
+    assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"file"}
+    assert (tmp_path / "file").read_text() == "older"
+
+
+def test_a_write_that_is_interrupted_leaves_nothing(make: Make, tmp_path: Path) -> None:
+    packed = make()
+
+    class Interrupted:
+        def numpy(self) -> None:
+            raise KeyboardInterrupt
+
+        def numel(self) -> int:
+            return 1
+
+    layer = PackedLayer(Interrupted(), ())  # type: ignore[arg-type]
+    broken = PackedAdapter(packed.digest, packed.dtype, (*packed.layers, layer))
+    with pytest.raises(KeyboardInterrupt):
+        write_packed(broken, tmp_path / "packed" / "file")
+    assert list((tmp_path / "packed").iterdir()) == []
