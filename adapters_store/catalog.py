@@ -31,6 +31,7 @@ from sqlalchemy.exc import (
     StatementError,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm.exc import StaleDataError
 
 from polydelta.adapters_store.errors import StoreError, UnknownAdapterError
 from polydelta.adapters_store.records import (
@@ -237,12 +238,17 @@ class Catalog:
 
     def change(self, adapter_id: str, version: int, **values: Any) -> AdapterRecord:
         """Sets `state`, `pinned` or `labels`. Raises UnknownAdapterError."""
+        gone = UnknownAdapterError(f"There is no adapter '{adapter_id}@{version}' any more.")
         with self._session() as session, session.begin():
             row = session.get(_Version, (adapter_id, version))
             if row is None:
-                raise UnknownAdapterError(f"There is no adapter '{adapter_id}@{version}' any more.")
+                raise gone
             for name, value in values.items():
                 setattr(row, name, value.value if isinstance(value, VersionState) else value)
+            try:
+                session.flush()
+            except StaleDataError:  # deleted since it was read
+                raise gone from None
             return row.record()
 
     def count_uses(self, uses: Iterable[tuple[str, int, int, float]]) -> None:

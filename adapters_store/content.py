@@ -9,7 +9,6 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,15 +86,10 @@ class LocalContent:
         folder = self.path(digest)
         return all((folder / name).is_file() for name in FILES)
 
-    def sweep(self, wanted: set[str]) -> None:
-        """Removes what a crash has left: contents that no version has."""
-        for folder in self._folders():
-            if folder.name not in wanted:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _folders(self) -> Iterator[Path]:
-        with os.scandir(self._root) as entries:
-            yield from (Path(entry.path) for entry in entries)
+    def sweep(self) -> None:
+        """Removes what a crash has left of removals and of fetches. Not while others go on."""
+        for folder in self._root.glob(".*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class RemoteContent:

@@ -4,9 +4,10 @@
     DIR/content/       files of each content, by sha256 (or a cache of an object store)
     DIR/packed/        packed forms of contents, by sha256: a cache
     DIR/staging/       uploads under way
+    DIR/pending/       a note for each content that is being added or removed
 
 A version appears when its row is committed, after its files are in their place; it goes when its
-row does, before its files. What a crash leaves besides is swept when the store is opened.
+row does, before its files. What a crash leaves besides goes when the store is opened.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from polydelta.adapters_store.catalog import Catalog
 from polydelta.adapters_store.composition import Share, Shares, check_addable, combine
 from polydelta.adapters_store.content import ContentStore, LocalContent, RemoteContent
 from polydelta.adapters_store.errors import InUseError, StoreError, TooLargeError
-from polydelta.adapters_store.file_lock import Presence, Turn
+from polydelta.adapters_store.file_lock import Presence
 from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.adapters_store.inspection import inspect
 from polydelta.adapters_store.leases import Lease, Leases
+from polydelta.adapters_store.pending import PendingContents
 from polydelta.adapters_store.records import AdapterRecord, Source, VersionState
 from polydelta.adapters_store.reference import AdapterName, AdapterRef, parse_name, unknown
 
@@ -80,14 +82,16 @@ class AdapterStore:
         # Versions to delete when their last user has gone.
         self._doomed: set[AdapterRef] = set()
         self._on_deleted: list[Callable[[AdapterRef], None]] = []
-        # Held while rows and leases change together, and while contents come and go with rows.
+        # Held while rows and leases change together.
         self._names = threading.RLock()
-        self._contents = Turn(config.folder / "contents.lock")
         self._reaper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-reaper")
         self._flushed = time.monotonic()
         try:
+            self._pending = PendingContents(
+                config.folder / "pending", self.catalog, self.content, self.packed_folder
+            )
             if self._presence.alone:
-                self._sweep(local)
+                self._finish_what_was_cut_off(local)
             self._presence.settle()
         except BaseException:
             self.catalog.close()
@@ -154,7 +158,7 @@ class AdapterStore:
 
         The record comes back with its version. Raises TooLargeError beyond the quota.
         """
-        with self._contents.taken():
+        with self._pending.changing([record.digest]):
             known = self.catalog.has_digest(record.digest)
             total = self.catalog.total_bytes() + (0 if known else record.facts.nbytes)
             if total > self._config.quota_bytes:
@@ -167,7 +171,7 @@ class AdapterStore:
 
     def mend(self, record: AdapterRecord, staged: Path) -> None:
         """Takes over a staged folder in place of what may be left of the same content."""
-        with self._contents.taken():
+        with self._pending.changing([record.digest]):
             if self.catalog.has_digest(record.digest):
                 self.content.add(record.digest, staged)
 
@@ -189,10 +193,11 @@ class AdapterStore:
 
         Raises UnknownAdapterError.
         """
-        with self._contents.taken(), self._names:
-            old = self.catalog.find(adapter_id, version)
-            if old is None or old.state is not VersionState.READY:
-                raise unknown(f"{adapter_id}@{version}")
+        name = AdapterName(adapter_id, version)
+        with self._pending.changing([self.find(name).digest]), self._names:
+            old = self.find(name)
+            if old.state is not VersionState.READY:
+                raise unknown(str(name))
             newest = self.catalog.newest(adapter_id)
             if newest is not None and newest.digest == old.digest:
                 return newest
@@ -213,7 +218,14 @@ class AdapterStore:
         The records as they are left; raises UnknownAdapterError, InUseError.
         """
         with self._names:
-            records = self._named(name)
+            records = [
+                # Those that are being deleted, and are not in use, are as good as gone.
+                record
+                for record in self._named(name)
+                if record.state is VersionState.READY or self.users(record)
+            ]
+            if not records:
+                raise unknown(str(name))
             self._check_unneeded(records)
             busy = [record for record in records if self.users(record)]
             if busy and not defer:
@@ -221,14 +233,14 @@ class AdapterStore:
                     f"{busy[0].name!r} is in use ({self.users(busy[0])} requests): try again when "
                     "they are done, or delete it with in_use=defer."
                 )
-            for record in busy:
+            for record in records:
                 self.catalog.change(record.id, record.version, state=VersionState.DELETING)
-                self._doomed.add(self.ref(record))
-                if not self.users(record):  # they were done just now, before it was doomed
-                    self._on_idle(self.ref(record))
-            idle = [record for record in records if record not in busy]
-            self.catalog.remove(name.id, [record.version for record in idle])
-        self._clean_up(idle)
+            for ref in map(self.ref, busy):
+                self._doomed.add(ref)
+                if not self._leases.users(ref):  # they were done just now, before it was doomed
+                    self._on_idle(ref)
+        idle = [record for record in records if record not in busy]
+        self._remove(idle)
         return [*idle, *(replace(record, state=VersionState.DELETING) for record in busy)]
 
     def pin(self, name: AdapterName, pinned: bool) -> AdapterRecord:
@@ -328,41 +340,29 @@ class AdapterStore:
 
     def _finish_deletion(self, ref: AdapterRef) -> None:
         try:
-            with self._names:
-                record = self.catalog.find(ref.id, ref.version)
-                self._doomed.discard(ref)
-                if record is None or record.state is not VersionState.DELETING:
-                    return
-                self.catalog.remove(ref.id, [ref.version])
-            self._clean_up([record])
+            record = self.catalog.find(ref.id, ref.version)
+            self._doomed.discard(ref)
+            if record is not None and record.state is VersionState.DELETING:
+                self._remove([record])
         except (StoreError, OSError):
             logger.exception("deleting %s will be finished at the next start", ref.name)
 
-    def _sweep(self, local: LocalContent) -> None:
-        """Removes what a crash has left."""
-        self._finish_deletions()
-        local.sweep(self.catalog.digests())
+    def _remove(self, records: Sequence[AdapterRecord]) -> None:
+        """Versions that nobody can get any more: their rows, what is kept of them in memory, and
+        files that no other version has."""
+        with self._pending.changing({record.digest for record in records}):
+            for record in records:
+                self.catalog.remove(record.id, [record.version])
+                for tell in self._on_deleted:
+                    tell(self.ref(record))
+
+    def _finish_what_was_cut_off(self, local: LocalContent) -> None:
+        self._remove(self.catalog.in_state(VersionState.DELETING))
+        self._pending.settle_all()
+        local.sweep()
         shutil.rmtree(self.staging_folder, ignore_errors=True)
         for part in self.packed_folder.glob("*/.*.part"):
             part.unlink(missing_ok=True)
-
-    def _finish_deletions(self) -> None:
-        """Those that a stop came before."""
-        records = self.catalog.in_state(VersionState.DELETING)
-        for record in records:
-            self.catalog.remove(record.id, [record.version])
-        self._clean_up(records)
-
-    def _clean_up(self, gone: Sequence[AdapterRecord]) -> None:
-        """After the rows: tells who keeps the versions in memory, and removes their files."""
-        for record in gone:
-            for tell in self._on_deleted:
-                tell(self.ref(record))
-        with self._contents.taken():
-            for digest in {record.digest for record in gone}:
-                if not self.catalog.has_digest(digest):
-                    self.content.remove(digest)
-                    shutil.rmtree(self.packed_folder / digest, ignore_errors=True)
 
 
 def _content(config: StoreConfig, local: LocalContent) -> ContentStore:

@@ -146,7 +146,7 @@ class Traffic:
         self._answers: list[TimedAnswer] = []
 
     def run(self, requests: int) -> Round:
-        """What is counted lies between some that warm up and those that are in flight at the end."""
+        """Counts between some that warm up and those that are in flight at the end."""
         # Of different lengths, so that they do not all end, and enter, together.
         for number in range(IN_FLIGHT):
             self._ask(NEW_TOKENS * (number + 1) // IN_FLIGHT)

@@ -165,7 +165,7 @@ class StagedUpload:
     def _copy(self, name: str, folder: Path, handle: int, roots: Sequence[Path]) -> None:
         path = Path(name)
         if (folder / name).is_symlink():
-            path = (folder / name).resolve()
+            path = Path(os.path.realpath(folder / name))
             if not any(path.is_relative_to(root) for root in roots):
                 raise _not_plain(name)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from anyio import to_thread
 
+from polydelta.adapters_store.errors import UnknownAdapterError
 from polydelta.adapters_store.records import AdapterRecord, VersionState
 from polydelta.adapters_store.reference import AdapterName, AdapterRef, parse_name
 from polydelta.server.adapters.changes import Changes
@@ -33,8 +35,7 @@ class Orders:
     async def load(self, name: str) -> AdapterRecord:
         """Of a composition, all parts."""
         record = await self._find(name)
-        refs = await to_thread.run_sync(self._refs, record)
-        await self._done(*(self._service.engine.load_adapter(ref) for ref in refs))
+        await self._load(await to_thread.run_sync(self._refs, record))
         return record
 
     async def evict(self, name: str) -> AdapterRecord:
@@ -46,8 +47,7 @@ class Orders:
     async def pin(self, name: str) -> AdapterRecord:
         """The pin outlives the server."""
         record = await self._find_own(name, "pin")
-        ref = self._service.store.ref(record)
-        await self._done(self._service.engine.load_adapter(ref, pin=True))
+        await self._load([self._service.store.ref(record)], pin=True)
         return await self._note(record, pinned=True)
 
     async def unpin(self, name: str) -> AdapterRecord:
@@ -87,6 +87,25 @@ class Orders:
             store = self._service.store
             parts = [store.find(AdapterName(part.id, part.version)) for part in record.parts]
             return [store.ref(part) for part in parts]
+
+    async def _load(self, refs: Sequence[AdapterRef], pin: bool = False) -> None:
+        try:
+            await self._done(*(self._service.engine.load_adapter(ref, pin) for ref in refs))
+        finally:
+            await to_thread.run_sync(self._forget_deleted, refs)
+
+    def _forget_deleted(self, refs: Sequence[AdapterRef]) -> None:
+        """A version that was deleted just before its load began has been forgotten already, and
+        would stay in the pool for ever. Raises ApiError for one that is gone."""
+        with adapter_errors("id"):
+            for ref in refs:
+                if ref.digest is None:  # a folder of the operator's
+                    continue
+                try:
+                    self._service.store.find(AdapterName(ref.id, ref.version))
+                except UnknownAdapterError:
+                    self._service.engine.forget_adapter(ref)
+                    raise
 
     async def _note(self, record: AdapterRecord, pinned: bool) -> AdapterRecord:
         name = AdapterName(record.id, record.version)

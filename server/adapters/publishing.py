@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 from anyio import CancelScope, CapacityLimiter, to_thread
 from fastapi import Request
 
 from polydelta.adapters_store.labels import check_labels
-from polydelta.adapters_store.reference import AdapterName, check_id
+from polydelta.adapters_store.reference import check_id
 from polydelta.server.adapters.errors import adapter_errors
 from polydelta.server.adapters.form import UploadForm
 from polydelta.server.adapters.multipart import read_parts
@@ -84,30 +83,12 @@ class Publishing:
         self._check(adapter_id, labels)
         with adapter_errors("compose"):
             wanted = [(part.id, part.weight) for part in parts]
-            return await self._checked(self._compose, adapter_id, wanted, labels)
+            return await self._checked(self._service.publisher.compose, adapter_id, wanted, labels)
 
     def _check(self, adapter_id: str, labels: Mapping[str, str] | None) -> None:
         self.check_id(adapter_id)
         with adapter_errors("labels"):
             check_labels(labels or {})
-
-    def _compose(
-        self,
-        adapter_id: str,
-        wanted: Sequence[tuple[str, float]],
-        labels: Mapping[str, str] | None,
-    ) -> Published:
-        store = self._service.store
-        if labels is None:
-            newest = store.catalog.newest(adapter_id)
-            labels = {} if newest is None else newest.labels
-        published = self._service.publisher.compose(adapter_id, wanted, labels)
-        record = published.record
-        if record.labels == labels:
-            return published
-        return replace(
-            published, record=store.label(AdapterName(record.id, record.version), labels)
-        )
 
     @asynccontextmanager
     async def _staged(self) -> AsyncIterator[StagedUpload]:

@@ -617,7 +617,10 @@ def test_what_a_crash_has_left_is_swept_when_the_store_is_opened(
     kept, doomed = add(store, "kept", "one"), add(store, "doomed", "two")
     store.catalog.change("doomed", 1, state=VersionState.DELETING)
     store.close()
-    write(root / "content" / ("0" * 64), "no row")
+    write(root / "content" / ("0" * 64), "its row was never committed")
+    for digest in ("0" * 64, kept.digest):
+        (root / "pending" / digest).touch()
+    write(root / "content" / ("1" * 64), "never noted: perhaps of another catalog")
     write(root / "content" / ".part-1", "half")
     write(root / "staging" / "upload", "half")
     for digest in (kept.digest, doomed.digest):
@@ -625,7 +628,8 @@ def test_what_a_crash_has_left_is_swept_when_the_store_is_opened(
         (root / "packed" / digest / "file.packed").touch()
         (root / "packed" / digest / ".half.part").touch()
     again = open_store()
-    assert contents(root) == {kept.digest}
+    assert contents(root) == {kept.digest, "1" * 64}
+    assert [path.name for path in (root / "pending").iterdir()] == ["lock"]
     assert [path.name for path in (root / "packed").rglob("*")] == [kept.digest, "file.packed"]
     assert not (root / "staging").exists()
     assert again.catalog.versions("doomed") == []
@@ -639,6 +643,7 @@ def test_who_opens_a_store_that_is_open_sweeps_nothing(open_store: Open, root: P
     held = lease(first, "a")
     first.delete(AdapterName("a"), defer=True)
     write(root / "content" / ("0" * 64), "its row comes in a moment")
+    (root / "pending" / ("0" * 64)).touch()
     write(root / "staging" / "upload", "half")
     second = open_store()
     assert len(contents(root)) == 2
@@ -704,7 +709,7 @@ def test_a_sweep_that_fails_does_not_keep_the_store_locked(
         raise StoreError("the storage is gone")
 
     with monkeypatch.context() as broken:
-        broken.setattr(AdapterStore, "_finish_deletions", fail)
+        broken.setattr(AdapterStore, "_finish_what_was_cut_off", fail)
         with pytest.raises(StoreError):
             open_store()
     open_store()

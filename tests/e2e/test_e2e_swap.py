@@ -261,6 +261,25 @@ def test_a_version_in_use_is_not_deleted_or_when_it_is_done(api, contents, alone
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("order", ["load", "pin"])
+def test_an_order_that_meets_a_delete_leaves_nothing_in_the_pool(api, writer, order):
+    before = api.metrics(PAGES, "owner")
+    # Another moment each time, and large, so that loading takes a while.
+    for number in range(20):
+        name = f"/v1/adapters/{order}-{number}"
+        api.put(f"{order}-{number}", writer.lora(f"{order}-{number}", 64, seed=number))
+        with ThreadPoolExecutor(1) as client:
+            ordered = client.submit(api.call, "POST", f"{name}/{order}")
+            time.sleep(number / 1000)
+            assert api.call("DELETE", name).status_code == 200
+        assert ordered.result().status_code in (200, 400, 404, 409), ordered.result().text
+    until(lambda: api.metrics(PAGES, "owner") == before)
+    assert not any(
+        name.startswith(order) for name in api.metrics("polydelta_adapter_resident", "adapter")
+    )
+
+
+@pytest.mark.slow
 def test_thirty_requests_for_a_cold_adapter_are_one_load(api, contents, alone, fresh):
     api.put("bot", contents[1])
     wanted = alone(contents[1])

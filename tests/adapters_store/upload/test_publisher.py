@@ -377,7 +377,6 @@ def test_a_folder_below_a_root_that_has_no_adapter_is_refused(
     assert_nothing(store, "a")
 
 
-@pytest.mark.xfail(raises=RuntimeError, reason="StagedUpload resolves the link with Python < 3.13")
 def test_a_file_that_is_a_link_to_itself_is_refused(
     publisher: Publisher, store: AdapterStore, place: Callable[..., Path]
 ) -> None:
