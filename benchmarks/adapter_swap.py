@@ -123,17 +123,8 @@ def show_cases(cases: Sequence[Case]) -> Table:
         f"{many_adapters.NEW_TOKENS} new tokens, room for {many_adapters.ROOM} adapters"
     )
     table = Table(title=title)
-    columns = (
-        "tokens/s",
-        "to 5",
-        "to 20",
-        "TTFT p50, ms",
-        "to 20",
-        "p99, ms",
-        "loads",
-        "evictions",
-    )
-    table.add_column("adapters")
+    columns = ("tok/s", "to 5", "to 20", "TTFT, ms", "to 20", "p99", "loads", "evicted")
+    table.add_column("adapters", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     for case in cases:

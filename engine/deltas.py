@@ -48,13 +48,17 @@ class PoolAdapter:
         self._pages = torch.tensor(pages)
         # What lies in each layer, without the host's copy of the bytes.
         self._deltas = [layer.deltas for layer in packed.layers]
-        self._write(packed, pages)
         self._bound: dict[int, dict[int, list[AddDelta]]] = {}
         first, count = pages[0], len(pages)
-        if list(pages) == list(range(first, first + count)):
-            for layer in range(len(self._deltas)):
+        in_one_run = list(pages) == list(range(first, first + count))
+        for layer, content in enumerate(packed.layers):
+            if in_one_run:
+                # One copy: page by page, rank 64 on the default model takes 16 ms instead of 2.4.
                 data = storage[layer, first : first + count].view(-1)
+                data[: len(content.data)] = content.data
                 self._bound[layer] = self._bind(layer, data)
+            else:
+                self._scatter(layer, content.data, pages)
 
     def deltas(self, layer: int, linear: int) -> Sequence[AddDelta]:
         """What the adapter adds to one linear layer, by its index in `BaseLayout.linears`."""
@@ -64,11 +68,10 @@ class PoolAdapter:
             self._bound = {layer: self._bind(layer, data)}
         return self._bound[layer].get(linear, ())
 
-    def _write(self, packed: PackedAdapter, pages: Sequence[int]) -> None:
-        page_bytes = self._storage.shape[-1]
-        for layer, content in enumerate(packed.layers):
-            for part, page in zip(content.data.split(page_bytes), pages, strict=False):
-                self._storage[layer, page, : len(part)] = part
+    def _scatter(self, layer: int, data: Tensor, pages: Sequence[int]) -> None:
+        parts = data.split(self._storage.shape[-1])
+        for part, page in zip(parts, pages, strict=False):
+            self._storage[layer, page, : len(part)] = part
 
     def _bind(self, layer: int, data: Tensor) -> dict[int, list[AddDelta]]:
         bound: dict[int, list[AddDelta]] = {}

@@ -30,7 +30,8 @@ class CachedBlock:
     hash: bytes
     # Whose it is: it falls with any of these versions.
     adapters: Shares
-    uses: int = 1
+    # How often another sequence found it.
+    hits: int = 0
 
 
 @dataclass
@@ -96,7 +97,7 @@ class KVCache:
             if page not in self._users:
                 self.pool.revive(self._by_page[page].hash)
             self._users[page] += 1
-            self._by_page[page].uses += 1
+            self._by_page[page].hits += 1
         sequence.block_table = list(prefix)
         sequence.num_published = len(prefix)
         sequence.num_computed = len(prefix) * self.block_size
@@ -136,7 +137,7 @@ class KVCache:
             if block := self._by_page.get(page):
                 cost = self.costs.prefill_seconds(self.block_size)
                 forget = partial(self._forget, block)
-                self.pool.retire(block.hash, [page], cost, block.uses, forget)
+                self.pool.retire(block.hash, [page], cost, block.hits, forget)
             else:
                 self.pool.free([page])
         sequence.block_table = []

@@ -90,7 +90,8 @@ class Scheduler:
                 self._kv.grow(sequence, sequence.num_computed + count)
                 shares[sequence] = count
                 budget -= count
-        # Before the admission too: what host RAM has is there at once, and enters in this step.
+        # Before the admission: what host RAM has is there at once, and enters in this step. And
+        # after it: whoever came to the front may need a load, and nothing else would wake the loop.
         self._prefetch()
         self._fail_unreadable()
         if self.num_preemptions == preemptions:
