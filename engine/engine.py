@@ -167,11 +167,12 @@ class Engine:
             self._close()
 
     def _step(self) -> bool:
-        """One step; False when there was nothing to run."""
+        """One step; False when there was nothing to do."""
         began = time.perf_counter()
         self._adapters.advance()
         schedule = self._scheduler.schedule()
-        for failure in self._scheduler.take_failures():
+        failures = self._scheduler.take_failures()
+        for failure in failures:
             self._finish(failure.sequence, FinishReason.ERROR, failure.reason)
         if schedule:
             tokens = self._runner.step(schedule, self._scheduler.bound_adapter)
@@ -179,7 +180,7 @@ class Engine:
             self._hand_out(schedule, tokens)
             self._recorder.step(schedule, tokens, time.perf_counter() - began)
         self._recorder.refresh(self._scheduler)
-        return bool(schedule)
+        return bool(schedule or failures)
 
     def _rest(self) -> None:
         """Nothing can run: waits for a command or for an adapter to be loaded."""

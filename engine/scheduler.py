@@ -75,7 +75,8 @@ class Scheduler:
         return failures
 
     def schedule(self) -> Schedule:
-        """The next step; empty when nothing can run now."""
+        """The next step; empty when nothing can run now. Where it has failures, whoever stood behind
+        them may be able to: ask again before you rest."""
         budget = self._limits.max_batch_tokens
         preemptions = self.num_preemptions
         shares: dict[Sequence, int] = {}
@@ -90,13 +91,10 @@ class Scheduler:
                 self._kv.grow(sequence, sequence.num_computed + count)
                 shares[sequence] = count
                 budget -= count
-        # Before the admission: what host RAM has is there at once, and enters in this step. And
-        # after it: whoever came to the front may need a load, and nothing else would wake the loop.
-        self._prefetch()
-        self._fail_unreadable()
+        # Before the admission: what host RAM has is there at once, and enters in this step.
+        self._look_ahead()
         if self.num_preemptions == preemptions:
             self._admit_waiting(budget, shares)
-        self._prefetch()
         return [ScheduledSequence(sequence, count) for sequence, count in shares.items()]
 
     def commit(self, schedule: Schedule, sampled: Seq[SampledToken | None]) -> None:
@@ -143,14 +141,21 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
-    def _prefetch(self) -> None:
-        """Starts loads for those who still wait, first come first."""
+    def _look_ahead(self) -> None:
+        """Starts loads for those who wait, first come first; those whose load has failed leave."""
+        # One at a time: who leaves lets go of the other parts of its sum, failed or not.
+        while (unreadable := self._first_unreadable()) is not None:
+            self._fail_all(unreadable)
         for ref in self._awaited():
             # Whoever is first gets all that it needs: sums of which each has a part would wait for
             # each other for ever.
             first = self.waiting[0].uses(ref)
             if first or self._residency.num_on_their_way() < MAX_PREFETCHED:
                 self._residency.prefetch(ref)
+
+    def _first_unreadable(self) -> AdapterRef | None:
+        failed = ResidencyState.FAILED
+        return next((ref for ref in self._awaited() if self._residency.state(ref) is failed), None)
 
     def _awaited(self) -> list[AdapterRef]:
         """Adapters of the first in the queue, in its order; each once."""
@@ -179,13 +184,11 @@ class Scheduler:
         ready = (ResidencyState.ON_HOST, ResidencyState.RESIDENT)
         return all(self._residency.state(ref) in ready for ref in sequence.adapter_refs)
 
-    def _fail_unreadable(self) -> None:
+    def _fail_all(self, ref: AdapterRef) -> None:
         """One failed load fails everybody who waited for it; later requests try again."""
-        for ref in self._awaited():
-            if self._residency.state(ref) is ResidencyState.FAILED:
-                reason = self._residency.take_error(ref)
-                for sequence in [s for s in self.waiting if s.uses(ref)]:
-                    self._fail(sequence, reason)
+        reason = self._residency.take_error(ref)
+        for sequence in [s for s in self.waiting if s.uses(ref)]:
+            self._fail(sequence, reason)
 
     def _can_admit(self, sequence: Sequence, prefix: list[int]) -> bool:
         """Whether its adapters and all its tokens so far fit beside what is in use."""

@@ -169,8 +169,9 @@ class World:
         """One turn of the engine's loop."""
         self.control.advance()
         schedule = self.scheduler.schedule()
-        self.failed |= {f.sequence: f.reason for f in self.scheduler.take_failures()}
-        self._check_schedule(schedule)
+        failures = self.scheduler.take_failures()
+        self.failed |= {f.sequence: f.reason for f in failures}
+        self._check_schedule(schedule, rests=not schedule and not failures)
         self._compute(schedule)
         tokens = [SampledToken(next_token(s.sequence)) if s.samples else None for s in schedule]
         self.scheduler.commit(schedule, tokens)
@@ -227,7 +228,7 @@ class World:
             self.memory[page] = [packed.digest] * self.block_size
         return FakeBound(packed.digest, tuple(pages))
 
-    def _check_schedule(self, schedule: Schedule) -> None:
+    def _check_schedule(self, schedule: Schedule, rests: bool) -> None:
         assert sum(s.num_tokens for s in schedule) <= self.limits.max_batch_tokens
         assert len(schedule) <= self.limits.max_batch_size
         assert len({s.sequence for s in schedule}) == len(schedule)
@@ -237,7 +238,7 @@ class World:
             assert sequence in self.scheduler.running
             room = len(sequence.block_table) * self.block_size
             assert room >= scheduled.start + scheduled.num_tokens
-        if not schedule and self.live:
+        if rests and self.live:
             # The engine sleeps now, and only a load that ends can wake it.
             loading = {ref for ref, _ in self.host.pending}
             needed = {ref for s in self.live for ref in s.adapter_refs}
