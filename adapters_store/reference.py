@@ -30,8 +30,9 @@ class AdapterRef:
     path: Path = field(compare=False)
     # What the files looked like when the version was named; other files are not this version.
     signature: Signature | None = field(default=None, compare=False)
-    # sha256 of the content, where it is known before the files are read.
-    digest: str | None = field(default=None, compare=False)
+    # sha256 of the content, where it is known before the files are read. An id's number in a folder
+    # and the same one in the catalog, which others may have given, are not the same version.
+    digest: str | None = None
 
     @property
     def name(self) -> str:

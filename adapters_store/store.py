@@ -7,7 +7,7 @@
     DIR/pending/       a note for each content that is being added or removed
 
 A version appears when its row is committed, after its files are in their place; it goes when its
-row does, before its files. What a crash leaves besides goes when the store is opened.
+row does, before its files. What a crash leaves of either goes when the store is opened next.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.composition import sum_digest
 from polydelta.adapters_store.disk_tier import DiskTier
-from polydelta.adapters_store.errors import AdapterError, InvalidAdapterError
+from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.labels import check_labels
 from polydelta.adapters_store.records import AdapterFacts, AdapterRecord, Part, Source
 from polydelta.adapters_store.reference import AdapterName, AdapterRef, check_id
@@ -23,6 +24,10 @@ from polydelta.adapters_store.upload.outline import check_outline
 from polydelta.adapters_store.upload.staging import StagedAdapter, StagedUpload, Staging
 
 logger = logging.getLogger(__name__)
+
+NO_LIMITS = UploadLimits(
+    max_file_bytes=sys.maxsize, max_total_bytes=sys.maxsize, max_rank=sys.maxsize
+)
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,12 @@ class Publisher:
         labels = None if labels is None else check_labels(labels)
         facts = check_outline(staged.folder, self._limits)
         with self._turn:
-            # First of all: an upload that is refused leaves the operator's folder what it is.
+            # First of all: what cannot be served leaves the operator's folder what it is.
             self._check_numbers(adapter_id, staged)
             at_least = self._adopt(adapter_id)
             newest = self._store.catalog.newest(adapter_id)
-            if newest is not None and newest.digest == staged.digest:
+            # A sum of one part with weight 1 has its part's digest, but no files.
+            if newest is not None and newest.digest == staged.digest and not newest.parts:
                 self._store.mend(newest, staged.folder)
                 newest = self._relabelled(newest, labels)
                 return Published(newest, created=False, ignored=staged.ignored)
@@ -188,15 +194,17 @@ class Publisher:
         if ref is None:
             return 1
         try:
-            with self.begin() as upload:
-                # The operator's own folder: its links may lead anywhere.
+            # The operator's own folder: as large as it likes, and its links may lead anywhere.
+            with Staging(self._store.staging_folder, NO_LIMITS).begin() as upload:
                 upload.take(ref.path, [Path("/")])
                 staged = upload.finish()
-                facts = check_outline(staged.folder, self._limits)
+                facts = check_outline(staged.folder, NO_LIMITS)
                 self._check_numbers(adapter_id, staged)
+                if self._store.folders.find(adapter_id) != ref:
+                    raise InvalidAdapterError("its files have changed while they were read")
                 record = self._record(adapter_id, staged.digest, facts, Source.FOLDER, {})
                 self._store.add(record, staged.folder, at_least=ref.version)
-        except AdapterError as error:
+        except InvalidAdapterError as error:
             logger.warning("the folder of %r is not a version of it: %s", adapter_id, error)
         return ref.version + 1
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel
 
 from polydelta.adapters_store.records import AdapterRecord, Part
-from polydelta.adapters_store.reference import AdapterRef
+from polydelta.adapters_store.reference import AdapterName, AdapterRef
 from polydelta.server.service import Service
 
 DELETED = "deleted"
@@ -126,8 +125,7 @@ def describe(service: Service, record: AdapterRecord, state: str | None = None) 
 
 
 def _part(service: Service, part: Part) -> CompositionPart:
-    # Refs are equal by id and version; the path is for those who load.
-    ref = AdapterRef(part.id, part.version, Path())
+    ref = service.store.ref(service.store.find(AdapterName(part.id, part.version)))
     return CompositionPart(
         id=part.id,
         version=part.version,

@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from polydelta.adapters_store.reference import AdapterName
 from polydelta.adapters_store.store import AdapterStore, StoreConfig
 from polydelta.adapters_store.upload.limits import UploadLimits
 from polydelta.adapters_store.upload.publisher import Published, Publisher
+from polydelta.adapters_store.upload.staging import StagedUpload
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -418,14 +420,15 @@ def test_an_upload_over_a_folder_takes_it_over_and_its_numbers_go_on(
     assert store.rollback("a", 2).name == "a@4"
 
 
-def test_who_leased_the_folders_version_has_the_same_one_after_it_was_taken_over(
+def test_who_leased_the_folders_version_goes_on_with_the_folders_files(
     publish: Publish, store: AdapterStore, adapter_files: Any, place: Callable[..., Path]
 ) -> None:
-    place("a")
+    folder = place("a")
     with store.lease([("a", 1.0)]) as held:
         publish("a", adapter_files.lora("new", lora_alpha=9))
-        assert store.users(store.find(AdapterName("a", 1))) == 1
-        assert held.shares[0].ref == store.resolve("a@1")
+        (share,) = held.shares
+        assert share.ref.path == folder
+        assert store.resolve("a@1").digest == folder_digest(folder)
 
 
 def test_what_lies_in_the_folder_already_is_taken_over_and_is_no_new_version(
@@ -471,6 +474,52 @@ def test_a_refused_upload_leaves_the_operators_folder_what_it_is(
 
 
 # Compositions
+
+
+def test_the_operators_own_folder_may_be_larger_than_what_clients_may_send(
+    publish: Publish, store: AdapterStore, adapter_files: Any, own: Path
+) -> None:
+    rank = 12  # of 8 that clients may send
+    module = "model.layers.1.self_attn.q_proj"
+    tensors = {
+        f"base_model.model.{module}.lora_A.weight": torch.zeros(rank, 36),
+        f"base_model.model.{module}.lora_B.weight": torch.zeros(36, rank),
+    }
+    adapter_files.write("a", tensors, r=rank).rename(own / "a")
+    assert publish("a", adapter_files.lora("upload")).record.version == 2
+    assert store.find(AdapterName("a", 1)).facts.rank == rank
+
+
+def test_a_folder_that_changes_while_it_is_read_is_not_taken_over_as_what_it_was(
+    publish: Publish,
+    store: AdapterStore,
+    adapter_files: Any,
+    place: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place("a", lora_alpha=1)
+    leased = store.resolve("a")
+    take = StagedUpload.take
+
+    def change_first(upload: StagedUpload, folder: Path, roots: Any) -> None:
+        place("a", lora_alpha=7)
+        take(upload, folder, roots)
+
+    monkeypatch.setattr(StagedUpload, "take", change_first)
+    added = publish("a", adapter_files.lora("upload")).record
+    assert added.version > leased.version
+    assert [record.version for record in store.catalog.versions("a")] == [added.version]
+
+
+def test_the_same_number_from_a_folder_and_from_the_catalog_is_not_the_same_version(
+    publish: Publish, store: AdapterStore, adapter_files: Any, place: Callable[..., Path]
+) -> None:
+    """Another server on the same catalog may have given it to other content."""
+    place("a")
+    of_the_folder = store.resolve("a")
+    publish("b", adapter_files.lora("upload"))
+    record = store.find(AdapterName("b", 1))
+    assert store.ref(replace(record, id="a")) != of_the_folder
 
 
 @pytest.fixture
@@ -520,6 +569,20 @@ def test_the_same_sum_with_other_labels_gets_those(publisher: Publisher) -> None
     publisher.compose("sum", [("lora", 0.5)], {"team": "x"})
     again = publisher.compose("sum", [("lora", 0.5)], {"team": "y"})
     assert (again.created, again.record.labels) == (False, {"team": "y"})
+
+
+def test_an_upload_over_a_sum_of_the_same_content_is_a_version_of_its_own(
+    publish: Publish, publisher: Publisher, store: AdapterStore, adapter_files: Any
+) -> None:
+    folder = adapter_files.lora("one")
+    publish("one", folder)
+    publisher.compose("sum", [("one", 1.0)])
+    published = publish("sum", folder)
+    assert published.created
+    assert (published.record.version, published.record.parts) == (2, ())
+    assert store.delete(AdapterName("sum", 1), defer=False)
+    assert store.delete(AdapterName("one"), defer=False)
+    assert store.content.fetch(published.record.digest).is_dir()
 
 
 @pytest.mark.usefixtures("parts")
