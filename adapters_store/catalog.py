@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,6 +42,8 @@ from polydelta.adapters_store.records import (
     Source,
     VersionState,
 )
+
+logger = logging.getLogger(__name__)
 
 # Changes with the tables; a database that was made by another one is not touched.
 SCHEMA = 1
@@ -129,7 +132,8 @@ class Catalog:
         # Also what a driver says of the URL's options.
         except (SQLAlchemyError, TypeError, ValueError) as error:
             self.close()
-            raise StoreError(f"The catalog cannot be opened: {_reason(error)}.") from None
+            reason = _without_secrets(_reason(error), self._engine.url)
+            raise StoreError(f"The catalog cannot be opened: {reason}.") from None
 
     def close(self) -> None:
         self._engine.dispose()
@@ -327,7 +331,9 @@ class _CatalogSession(Session):
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         super().__exit__(kind, error, trace)
         if isinstance(error, SQLAlchemyError) and not isinstance(error, IntegrityError):
-            raise StoreError(f"The catalog does not answer: {_reason(error)}.") from error
+            # A driver names the host and the user, which are no client's business.
+            logger.error("the catalog does not answer: %s", _reason(error))
+            raise StoreError("The catalog does not answer; see the server's log.") from error
 
 
 def _row(record: AdapterRecord) -> _Version:
@@ -363,14 +369,21 @@ def _connect(url: str | URL) -> Engine:
         ) from None
     except (ArgumentError, ValueError):
         # What they say of the URL may have a piece of the password in it.
-        raise StoreError(
-            "The catalog's URL cannot be read: write `sqlite:////path/catalog.db` or "
-            "`postgresql+psycopg://user:password@host:port/database`, with %40 for @, %2F for / "
-            "and %3A for : in the password."
-        ) from None
+        raise _unreadable_url() from None
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _tune_sqlite)
+    elif isinstance(url, str) and url.partition("://")[2].partition(":")[2].count("@") > 1:
+        # A password with a plain @: its end would be taken for the host, which drivers name.
+        raise _unreadable_url()
     return engine
+
+
+def _unreadable_url() -> StoreError:
+    return StoreError(
+        "The catalog's URL cannot be read: write `sqlite:////path/catalog.db` or "
+        "`postgresql+psycopg://user:password@host:port/database`, with %40 for @, %2F for / "
+        "and %3A for : in the password."
+    )
 
 
 def _tune_sqlite(connection: Any, _: Any) -> None:
@@ -397,3 +410,11 @@ def _reason(error: Exception) -> str:
     """One line, without the statement and its values."""
     reason = error.orig if isinstance(error, StatementError) else error
     return next(iter(str(reason).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
+def _without_secrets(text: str, url: URL) -> str:
+    options = [value for key, value in url.query.items() if "password" in key]
+    for secret in (url.password, *options):
+        if secret:
+            text = text.replace(str(secret), "***")
+    return text

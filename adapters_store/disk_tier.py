@@ -14,7 +14,12 @@ import torch
 
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.formats import read_adapter
-from polydelta.adapters_store.packed_file import UnreadableFileError, read_packed, write_packed
+from polydelta.adapters_store.packed_file import (
+    UnreadableFileError,
+    packed_digest,
+    read_packed,
+    write_packed,
+)
 from polydelta.adapters_store.packing import PackedAdapter, pack
 from polydelta.adapters_store.reference import AdapterRef
 
@@ -87,7 +92,8 @@ class DiskTier:
         if ref.digest is not None:
             self._files.fetch(ref.digest)
         packed = self.prepare(ref)
-        self._digests[ref] = packed.digest
+        if ref.digest is None:
+            self._digests[ref] = packed.digest
         return packed
 
     def prepare(self, ref: AdapterRef) -> PackedAdapter:
@@ -95,11 +101,17 @@ class DiskTier:
         return self._write(self._loader.load(ref))
 
     def holds(self, digest: str) -> bool:
-        """Whether a content was checked and packed before."""
-        return self._read(digest) is not None
+        """Whether a content was checked and packed before; its layers are not read for that."""
+        try:
+            return packed_digest(self._path(digest)) == digest
+        except UnreadableFileError:
+            return False
+
+    def _path(self, digest: str) -> Path:
+        return self._folder / digest / self._file_name
 
     def _read(self, digest: str) -> PackedAdapter | None:
-        path = self._folder / digest / self._file_name
+        path = self._path(digest)
         try:
             packed = read_packed(path)
             # The order in which packed files are deleted.
@@ -111,7 +123,7 @@ class DiskTier:
     def _write(self, packed: PackedAdapter) -> PackedAdapter:
         """The adapter itself; that it could not be written is no reason not to serve it."""
         try:
-            write_packed(packed, self._folder / packed.digest / self._file_name)
+            write_packed(packed, self._path(packed.digest))
             self._trim(packed.nbytes)
         except OSError as error:
             logger.warning("a packed adapter could not be kept on disk: %s", error)

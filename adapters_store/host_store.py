@@ -28,6 +28,8 @@ class HostStore:
         self._capacity_bytes = capacity_bytes
         self._kept_bytes = 0
         self._loading: dict[AdapterRef, Future[PackedAdapter]] = {}
+        # Of those, whoever waits gets them, and nobody keeps them.
+        self._forgotten: set[AdapterRef] = set()
         self._kept: OrderedDict[AdapterRef, PackedAdapter] = OrderedDict()
         self._lock = threading.Lock()
         # Each load has a thread that ends with it, and waits for one of so many turns. One that
@@ -46,6 +48,7 @@ class HostStore:
             if self._closed:
                 raise RuntimeError("The adapter store is closed.")
             if ref in self._loading:
+                self._forgotten.discard(ref)
                 return self._loading[ref]
             future: Future[PackedAdapter] = Future()
             future.set_running_or_notify_cancel()
@@ -72,8 +75,10 @@ class HostStore:
             return self._kept.get(ref)
 
     def forget(self, ref: AdapterRef) -> None:
-        """Lets go of a version that nobody will ask for again."""
+        """Lets go of a version; one that is loading is not kept, unless it is asked for again."""
         with self._lock:
+            if ref in self._loading:
+                self._forgotten.add(ref)
             if (packed := self._kept.pop(ref, None)) is not None:
                 self._kept_bytes -= packed.nbytes
 
@@ -95,17 +100,21 @@ class HostStore:
                     raise RuntimeError("The adapter store was closed.")
                 packed = in_memory(self._loader.load(ref), self._pin)
         except BaseException as error:
-            with self._lock:
-                del self._loading[ref]
-                self._threads.remove(threading.current_thread())
+            self._end_load(ref, None)
             future.set_exception(error)
             return
+        self._end_load(ref, packed)
+        # Outside the lock: this runs the callbacks of those who wait, and they may call `load`.
+        future.set_result(packed)
+
+    def _end_load(self, ref: AdapterRef, packed: PackedAdapter | None) -> None:
         with self._lock:
             del self._loading[ref]
             self._threads.remove(threading.current_thread())
-            self._keep(ref, packed)
-        # Outside the lock: this runs the callbacks of those who wait, and they may call `load`.
-        future.set_result(packed)
+            forgotten = ref in self._forgotten
+            self._forgotten.discard(ref)
+            if packed is not None and not forgotten:
+                self._keep(ref, packed)
 
     def _keep(self, ref: AdapterRef, packed: PackedAdapter) -> None:
         self._kept[ref] = packed

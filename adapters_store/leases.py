@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -76,6 +76,13 @@ class Leases:
             self._uses.clear()
             self._last_used.clear()
         return uses
+
+    def put_back(self, uses: Iterable[tuple[AdapterRef, int, float]]) -> None:
+        """What `take_uses` gave counts as not taken."""
+        with self._lock:
+            for ref, count, when in uses:
+                self._uses[ref] += count
+                self._last_used[ref] = max(when, self._last_used.get(ref, when))
 
     def _give_back(self, held: Sequence[AdapterRef]) -> None:
         idle: list[AdapterRef] = []

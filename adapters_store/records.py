@@ -24,8 +24,10 @@ class Source(StrEnum):
     ROLLBACK = "rollback"
     # A weighted sum of other versions.
     COMPOSITION = "composition"
-    # Served from a folder of the operator's, where it lies.
+    # Served from a folder of the operator's, where it lies: not in the catalog.
     FOLDER = "folder"
+    # Taken over from such a folder.
+    ADOPTED = "adopted"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -86,6 +86,8 @@ class AdapterStore:
         self._names = threading.RLock()
         self._reaper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-reaper")
         self._flushed = time.monotonic()
+        # The latest one on the reaper's thread.
+        self._flushing: Future[None] | None = None
         try:
             self._pending = PendingContents(
                 config.folder / "pending", self.catalog, self.content, self.packed_folder
@@ -124,9 +126,8 @@ class AdapterStore:
 
         Raises UnknownAdapterError, and CompositionError for several that cannot be added up.
         """
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
         with self._names:
+            self._flush_soon()
             found = [(self._resolve(name), weight) for name, weight in wanted]
             shares = [
                 Share(share.ref, share.weight * weight)
@@ -151,7 +152,15 @@ class AdapterStore:
 
     def ref(self, record: AdapterRecord) -> AdapterRef:
         path = self.content.path(record.digest)
-        return AdapterRef(record.id, record.version, path, digest=record.digest)
+        # What is served from a folder has no digest before it is read.
+        digest = None if record.source is Source.FOLDER else record.digest
+        return AdapterRef(record.id, record.version, path, digest=digest)
+
+    def check_room(self) -> None:
+        """Raises TooLargeError when nothing more can be added, however small."""
+        total = self.catalog.total_bytes()
+        if total >= self._config.quota_bytes:
+            raise self._full(f"holds {total} bytes")
 
     def add(self, record: AdapterRecord, staged: Path, at_least: int = 1) -> AdapterRecord:
         """Takes over a staged folder as a new version of `record.id`; it is ready at once.
@@ -162,10 +171,7 @@ class AdapterStore:
             known = self.catalog.has_digest(record.digest)
             total = self.catalog.total_bytes() + (0 if known else record.facts.nbytes)
             if total > self._config.quota_bytes:
-                raise TooLargeError(
-                    f"The store would hold {total} bytes, but its quota is "
-                    f"{self._config.quota_bytes}: delete versions that nobody needs."
-                )
+                raise self._full(f"would hold {total} bytes")
             self.content.add(record.digest, staged)
             return self.catalog.add(record, at_least)
 
@@ -274,13 +280,40 @@ class AdapterStore:
                 yield adapter_id
 
     def flush(self) -> None:
-        """Writes the uses that were counted since the last time to the catalog."""
+        """Writes the uses that were counted since the last time to the catalog. Raises StoreError;
+        they are written the next time then."""
         self._flushed = time.monotonic()
         uploaded = [use for use in self._leases.take_uses() if use[0].digest is not None]
-        if uploaded:
+        if not uploaded:
+            return
+        try:
             self.catalog.count_uses(
                 (ref.id, ref.version, count, when) for ref, count, when in uploaded
             )
+        except BaseException:
+            self._leases.put_back(uploaded)
+            raise
+
+    def _flush_soon(self) -> None:
+        """On a thread of its own: a catalog that cannot be written for a while can still be read,
+        which is all that a request needs."""
+        if time.monotonic() - self._flushed <= FLUSH_SECONDS:
+            return
+        if self._flushing is None or self._flushing.done():
+            with contextlib.suppress(RuntimeError):  # the store is closed, which has flushed
+                self._flushing = self._reaper.submit(self._try_to_flush)
+
+    def _try_to_flush(self) -> None:
+        try:
+            self.flush()
+        except StoreError as error:
+            logger.warning("uses of adapters will be written later: %s", error)
+
+    def _full(self, problem: str) -> TooLargeError:
+        return TooLargeError(
+            f"The store {problem}, but its quota is {self._config.quota_bytes}: delete versions "
+            "that nobody needs."
+        )
 
     def _resolve(self, name: str) -> _Resolved:
         wanted = parse_name(name)

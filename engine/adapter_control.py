@@ -14,6 +14,7 @@ from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.kv_cache import KVCache
 from polydelta.engine.pool import PagePool
 from polydelta.engine.residency import Residency, ResidencyState
+from polydelta.engine.scheduler import Scheduler
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +29,14 @@ class _Order:
 class AdapterControl:
     """Carries out orders as soon as the adapter is on the host and the pool has room."""
 
-    def __init__(self, pool: PagePool, kv: KVCache, residency: Residency[Any, Any]) -> None:
+    def __init__(
+        self, pool: PagePool, kv: KVCache, residency: Residency[Any, Any], scheduler: Scheduler
+    ) -> None:
+        """scheduler: has the requests that wait for the same adapters."""
         self._pool = pool
         self._kv = kv
         self._residency = residency
+        self._scheduler = scheduler
         self._orders: list[_Order] = []
 
     def load(self, ref: AdapterRef, pin: bool, done: Future[None]) -> None:
@@ -41,55 +46,68 @@ class AdapterControl:
         """
         self._orders.append(_Order(ref, pin, done))
 
+    def withdraw(self, done: Future[None]) -> None:
+        """Whoever gave an order has left: it ends with AdapterError, unless it was carried out."""
+        for order in [o for o in self._orders if o.done is done]:
+            self._end(order, AdapterError(f"The order for {order.ref.name!r} was withdrawn."))
+
     def unpin(self, ref: AdapterRef, done: Future[None]) -> None:
-        for order in [o for o in self._orders if o.ref == ref and o.pin]:
+        for order in [o for o in self._orders_for(ref) if o.pin]:
             self._end(order, InUseError(f"{ref.name!r} was unpinned before it was in the pool."))
         self._residency.unpin(ref)
         done.set_result(None)
 
-    def evict(self, ref: AdapterRef, done: Future[None]) -> None:
-        """Out of the pool and out of host RAM. `done` raises InUseError while it is used."""
+    def evict(self, ref: AdapterRef) -> None:
+        """Out of the pool and out of host RAM. Raises InUseError while it is used or pinned."""
         place = self._residency.describe(ref)
         if place.users:
-            done.set_exception(
-                InUseError(
-                    f"{ref.name!r} is in use ({place.users} running requests): try again when "
-                    "they are done."
-                )
+            raise InUseError(
+                f"{ref.name!r} is in use ({place.users} running requests): try again when they "
+                "are done."
             )
-        elif self._residency.is_pinned(ref):
-            done.set_exception(InUseError(f"{ref.name!r} is pinned: unpin it first."))
-        else:
-            self._residency.evict(ref)
-            done.set_result(None)
+        if self._residency.is_pinned(ref):
+            raise InUseError(f"{ref.name!r} is pinned: unpin it first.")
+        self._residency.evict(ref)
 
     def forget(self, ref: AdapterRef) -> None:
         """The version was deleted: frees all memory that it has here."""
-        for order in [o for o in self._orders if o.ref == ref]:
+        for order in self._orders_for(ref):
             self._end(order, AdapterError(f"{ref.name!r} was deleted."))
         self._residency.forget(ref)
         self._kv.drop(ref)
 
     def advance(self) -> None:
         """Does what can be done now of what was ordered."""
-        for order in list(self._orders):
-            self._residency.prefetch(order.ref)
-            match self._residency.state(order.ref):
+        for ref in dict.fromkeys(order.ref for order in self._orders):
+            self._residency.prefetch(ref)
+            match self._residency.state(ref):
                 case ResidencyState.FAILED:
-                    self._end(order, AdapterError(self._residency.take_error(order.ref)))
+                    self._fail(ref)
                 case ResidencyState.ON_HOST | ResidencyState.RESIDENT:
-                    self._place(order)
+                    for order in self._orders_for(ref):
+                        self._place(order)
 
     def close(self) -> None:
         for order in list(self._orders):
             self._end(order, AdapterError("The engine has stopped."))
 
+    def _orders_for(self, ref: AdapterRef) -> list[_Order]:
+        return [order for order in self._orders if order.ref == ref]
+
+    def _fail(self, ref: AdapterRef) -> None:
+        """One failed load ends every order for it, and every request that waits for it."""
+        reason = self._residency.take_error(ref)
+        for order in self._orders_for(ref):
+            self._end(order, AdapterError(reason))
+        self._scheduler.fail_waiting(ref, reason)
+
     def _place(self, order: _Order) -> None:
         ref, residency = order.ref, self._residency
         pages = residency.pages_needed(ref)
-        pinned = pages + residency.num_pinned_pages(besides=[ref]) if order.pin else 0
-        if pages > self._pool.num_pages or pinned > self._pool.num_pages // 2:
-            self._end(order, AdapterError(self._too_large(ref, pages, order.pin)))
+        pinned = residency.num_pinned_pages(besides=[ref])
+        limit = self._pool.num_pages // 2 if order.pin else self._pool.num_pages
+        if pages + pinned > limit:
+            self._end(order, AdapterError(self._too_large(order, pages, pinned)))
         elif self._pool.can_allocate(residency.pages_to_acquire(ref)):
             if order.pin:
                 residency.pin(ref)
@@ -98,16 +116,22 @@ class AdapterControl:
                 residency.release(ref)
             self._end(order)
 
-    def _too_large(self, ref: AdapterRef, pages: int, pin: bool) -> str:
-        limit = "pinned adapters may hold half of them" if pin else "it never fits"
+    def _too_large(self, order: _Order, pages: int, pinned: int) -> str:
+        others = f", {pinned} of which other pinned adapters hold" if pinned else ""
+        limit = "pinned adapters may hold half of them" if order.pin else "it never fits"
+        unpin = "unpin others, or " if pinned else ""
         return (
-            f"{ref.name!r} needs {pages} pages of the pool, which has {self._pool.num_pages}, and "
-            f"{limit}: start the server with a larger pool."
+            f"{order.ref.name!r} needs {pages} pages of the pool, which has "
+            f"{self._pool.num_pages}{others}, and {limit}: {unpin}start the server with a larger "
+            "pool."
         )
 
     def _end(self, order: _Order, error: AdapterError | None = None) -> None:
         self._orders.remove(order)
         if error is None:
             order.done.set_result(None)
-        else:
-            order.done.set_exception(error)
+            return
+        # Left on its way, it would hold host RAM, and one of the places for what is loaded ahead.
+        if not self._orders_for(order.ref) and not self._scheduler.is_awaited(order.ref):
+            self._residency.drop_unused(order.ref)
+        order.done.set_exception(error)

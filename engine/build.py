@@ -98,7 +98,7 @@ def assemble(
         model.vocab_size,
         layout,
         scheduler,
-        AdapterControl(pool, kv, residency),
+        AdapterControl(pool, kv, residency, scheduler),
         runner,
         StatsRecorder(pool, kv, residency, costs),
         wake,

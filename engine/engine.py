@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.adapters_store.errors import InUseError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.adapter_control import AdapterControl
 from polydelta.engine.detokenizer import Detokenizer, TextStep
@@ -112,6 +113,10 @@ class Engine:
         stays there. The future raises AdapterError, and EngineDeadError."""
         return self._order(lambda done: self._adapters.load(ref, pin, done))
 
+    def withdraw(self, order: Future[None]) -> None:
+        """Thread-safe. Ends what `load_adapter` returned with AdapterError, unless it is done."""
+        self._command(lambda: self._adapters.withdraw(order))
+
     def unpin_adapter(self, ref: AdapterRef) -> Future[None]:
         """Thread-safe. Lets the pool evict an adapter again."""
         return self._order(lambda done: self._adapters.unpin(ref, done))
@@ -119,7 +124,7 @@ class Engine:
     def evict_adapter(self, ref: AdapterRef) -> Future[None]:
         """Thread-safe. Takes an adapter out of the pool and host RAM; the future raises InUseError
         while it is used or pinned."""
-        return self._order(lambda done: self._adapters.evict(ref, done))
+        return self._order(lambda done: self._evict_adapter(ref, done))
 
     def forget_adapter(self, ref: AdapterRef) -> None:
         """Thread-safe. A version was deleted: all memory that it has is freed."""
@@ -251,6 +256,15 @@ class Engine:
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.id], self._texts[sequence]
         self._runner.forget(sequence)
+
+    def _evict_adapter(self, ref: AdapterRef, done: Future[None]) -> None:
+        try:
+            self._adapters.evict(ref)
+        except InUseError as error:
+            done.set_exception(error)
+        else:
+            self._runner.forget_adapter(ref)
+            done.set_result(None)
 
     def _forget_adapter(self, ref: AdapterRef) -> None:
         self._adapters.forget(ref)

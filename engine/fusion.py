@@ -61,6 +61,9 @@ class Fusion:
         # The adapter that was wanted last, ready or on its way; only this one is kept.
         self._ref: AdapterRef | None = None
         self._prepared: Future[FusedAdapter] | None = None
+        # What makes one ready; only one runs at a time, because each takes as much memory as the
+        # layers that it changes.
+        self._thread: threading.Thread | None = None
 
     def settle(
         self, wanted: AdapterRef | None, packed: Callable[[AdapterRef], PackedAdapter | None]
@@ -78,6 +81,8 @@ class Fusion:
         if wanted is None:
             return None
         if wanted != self._ref or self._prepared is None:
+            if self._thread is not None and self._thread.is_alive():
+                return None  # whoever is wanted when it has ended comes next
             content = packed(wanted)
             if content is None:
                 return None
@@ -89,7 +94,7 @@ class Fusion:
         return wanted
 
     def forget(self, ref: AdapterRef) -> None:
-        """The version was deleted: takes it out, and lets go of what was made ready."""
+        """Evicted or deleted: takes it out, and lets go of what was made ready."""
         if ref == self._ref:
             self.settle(None, lambda _: None)
             self._ref = self._prepared = None
@@ -106,7 +111,8 @@ class Fusion:
                 logger.error("adapter %s could not be fused", ref.name, exc_info=error)
                 future.set_exception(error)
 
-        threading.Thread(target=prepare, name="adapter-fusing", daemon=True).start()
+        self._thread = threading.Thread(target=prepare, name="adapter-fusing", daemon=True)
+        self._thread.start()
         return future
 
 

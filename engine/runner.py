@@ -75,7 +75,7 @@ class Runner:
         self._sampler.forget(sequence)
 
     def forget_adapter(self, ref: AdapterRef) -> None:
-        """Drops what is kept of a version that was deleted."""
+        """Drops what is kept of an adapter that was evicted or deleted."""
         if self._fusion is not None:
             self._fusion.forget(ref)
 

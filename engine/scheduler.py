@@ -69,14 +69,23 @@ class Scheduler:
         else:
             self._leave_queue(sequence)
 
+    def is_awaited(self, ref: AdapterRef) -> bool:
+        """Whether a waiting sequence needs the adapter."""
+        return any(sequence.uses(ref) for sequence in self.waiting)
+
+    def fail_waiting(self, ref: AdapterRef, reason: str) -> None:
+        """One failed load fails everybody who waited for it; later requests try again."""
+        for sequence in [s for s in self.waiting if s.uses(ref)]:
+            self._fail(sequence, reason)
+
     def take_failures(self) -> list[Failure]:
         """Sequences that left because they can never run."""
         failures, self._failures = self._failures, []
         return failures
 
     def schedule(self) -> Schedule:
-        """The next step; empty when nothing can run now. Where it has failures, whoever stood behind
-        them may be able to: ask again before you rest."""
+        """The next step; empty when nothing can run now. Where it has failures, whoever stood
+        behind them may be able to: ask again before you rest."""
         budget = self._limits.max_batch_tokens
         preemptions = self.num_preemptions
         shares: dict[Sequence, int] = {}
@@ -145,7 +154,7 @@ class Scheduler:
         """Starts loads for those who wait, first come first; those whose load has failed leave."""
         # One at a time: who leaves lets go of the other parts of its sum, failed or not.
         while (unreadable := self._first_unreadable()) is not None:
-            self._fail_all(unreadable)
+            self.fail_waiting(unreadable, self._residency.take_error(unreadable))
         for ref in self._awaited():
             # Whoever is first gets all that it needs: sums of which each has a part would wait for
             # each other for ever.
@@ -184,12 +193,6 @@ class Scheduler:
         ready = (ResidencyState.ON_HOST, ResidencyState.RESIDENT)
         return all(self._residency.state(ref) in ready for ref in sequence.adapter_refs)
 
-    def _fail_all(self, ref: AdapterRef) -> None:
-        """One failed load fails everybody who waited for it; later requests try again."""
-        reason = self._residency.take_error(ref)
-        for sequence in [s for s in self.waiting if s.uses(ref)]:
-            self._fail(sequence, reason)
-
     def _can_admit(self, sequence: Sequence, prefix: list[int]) -> bool:
         """Whether its adapters and all its tokens so far fit beside what is in use."""
         pages = self._kv.pages_for(sequence.num_tokens) - len(prefix)
@@ -223,7 +226,7 @@ class Scheduler:
         """Out of the waiting; what was loaded for it goes if nobody else waits for it."""
         self.waiting.remove(sequence)
         for ref in sequence.adapter_refs:
-            if not any(other.uses(ref) for other in self.waiting):
+            if not self.is_awaited(ref):
                 self._residency.drop_unused(ref)
 
     def _admit(self, sequence: Sequence, prefix: list[int], budget: int) -> int:

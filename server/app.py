@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
+from polydelta.server.adapters.changes import Changes
 from polydelta.server.adapters.lora_routes import lora_router
+from polydelta.server.adapters.publishing import Publishing
 from polydelta.server.adapters.routes import adapters_router
 from polydelta.server.auth import BearerAuth
 from polydelta.server.errors import install_error_handlers
@@ -47,8 +49,10 @@ def create_app(
     app.include_router(models_router(service))
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
-    app.include_router(adapters_router(service))
-    app.include_router(lora_router(service))
+    # One for both routers: they bound uploads and checks of the whole server.
+    publishing, changes = Publishing(service), Changes(store)
+    app.include_router(adapters_router(service, publishing, changes))
+    app.include_router(lora_router(service, publishing, changes))
     if settings.api_key:
         keys = [key.get_secret_value() for key in settings.api_key]
         app.add_middleware(BearerAuth, keys=keys)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,10 +20,12 @@ from polydelta.engine.request import (
 )
 from polydelta.server import options
 from polydelta.server.loading import load_engine
-from polydelta.server.settings import load_settings
+from polydelta.server.settings import ServerSettings, load_settings
 from polydelta.server.stores import disk_tier, open_store
 
 if TYPE_CHECKING:  # the engine imports torch, which takes seconds
+    from polydelta.adapters_store.composition import Shares
+    from polydelta.engine.build import MakeLoader
     from polydelta.engine.engine import Engine
 
 REQUEST_ID = "generate"
@@ -66,14 +69,13 @@ def generate(
     """
     settings = load_settings(model=model, adapters=adapters, store=store, dtype=dtype, pool=pool)
     console = Console(stderr=True)
-    wanted = [(adapter, 1.0)] if adapter else []
     # The name first: a wrong one should not cost the wait for the model.
-    with closing(open_store(settings)) as opened, opened.lease(wanted) as lease:
-        engine = load_engine(settings, console, disk_tier(opened, settings))
+    with _leased(adapter, settings) as (make_loader, shares):
+        engine = load_engine(settings, console, make_loader)
         token_ids = _encode(engine, prompt, chat)
         limit = min(max_tokens, engine.max_model_len - len(token_ids))
         sampling = SamplingParams(max_tokens=limit, temperature=temperature, seed=seed)
-        request = GenerationRequest(REQUEST_ID, token_ids, sampling, lease.shares)
+        request = GenerationRequest(REQUEST_ID, token_ids, sampling, shares)
         outputs: SimpleQueue[RequestOutput] = SimpleQueue()
         engine.start()
         try:
@@ -84,6 +86,19 @@ def generate(
         finally:
             engine.shutdown()
     console.print(f"[dim]{count} tokens, {count / seconds:.1f} a second[/dim]")
+
+
+@contextmanager
+def _leased(adapter: str | None, settings: ServerSettings) -> Iterator[tuple[MakeLoader, Shares]]:
+    """What the engine loads adapters with, and those that it computes. For the base model alone the
+    store is not opened: that makes its folder, which may be impossible here."""
+    if adapter is None:
+        from polydelta.adapters_store.disk_tier import FolderLoader
+
+        yield FolderLoader, ()
+        return
+    with closing(open_store(settings)) as opened, opened.lease([(adapter, 1.0)]) as lease:
+        yield disk_tier(opened, settings), lease.shares
 
 
 def _encode(engine: Engine, prompt: str, chat: bool) -> list[int]:

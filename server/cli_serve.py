@@ -103,8 +103,10 @@ def serve(
     )
     console = Console(stderr=True)
     with bind(settings.host, settings.port) as bound, closing(open_store(settings)) as opened:
-        engine = load_engine(settings, console, disk_tier(opened, settings))
-        publisher = make_publisher(opened, engine, settings)
+        # The engine and uploads share one.
+        make_tier = disk_tier(opened, settings)
+        engine = load_engine(settings, console, make_tier)
+        publisher = make_publisher(opened, engine, settings, make_tier)
         base_name = settings.served_model_name or engine.model_id
 
         def on_ready() -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from polydelta.adapters_store.errors import CompositionError, StoreError, UnknownAdapterError
 from polydelta.adapters_store.leases import Lease
 from polydelta.adapters_store.reference import AdapterRef
+from polydelta.server.adapters.errors import adapter_errors
 from polydelta.server.errors import ApiError
 from polydelta.server.metrics import Metrics
 
@@ -41,10 +41,8 @@ class Service:
         """The adapter that a name means now; None for the base model. Raises ApiError."""
         if name == self.base_name:
             return None
-        try:
+        with adapter_errors("model"):
             return self.store.resolve(name)
-        except UnknownAdapterError as error:
-            raise ApiError(404, f"model: {error}", "model") from None
 
     async def lease(self, model: str, adapters: Sequence[tuple[str, float]]) -> Lease:
         """The adapters that a request's `model` and `adapters` mean, in use until it is released.
@@ -60,13 +58,6 @@ class Service:
                 "put the adapter into the list.",
                 "model",
             )
-        param = "adapters" if adapters else "model"
-        try:
+        with adapter_errors("adapters" if adapters else "model"):
             # The catalog is a database: the loop does not wait for it.
             return await asyncio.to_thread(self.store.lease, adapters or [(model, 1.0)])
-        except UnknownAdapterError as error:
-            raise ApiError(404, f"{param}: {error}", param) from None
-        except CompositionError as error:
-            raise ApiError(400, str(error), param) from None
-        except StoreError as error:
-            raise ApiError(503, str(error)) from None

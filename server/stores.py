@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import cache, partial
+from typing import TYPE_CHECKING, TypeAlias
 
 from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.server.settings import ServerSettings
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
+    import torch
+
+    from polydelta.adapters_store.base_layout import BaseLayout
+    from polydelta.adapters_store.disk_tier import DiskTier
     from polydelta.adapters_store.store import AdapterStore
     from polydelta.adapters_store.upload.publisher import Publisher
-    from polydelta.engine.build import MakeLoader
     from polydelta.engine.engine import Engine
+
+MakeTier: TypeAlias = "Callable[[BaseLayout, torch.dtype], DiskTier]"
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +38,16 @@ def open_store(settings: ServerSettings) -> AdapterStore:
     return AdapterStore(config, FolderCatalog(settings.adapters))
 
 
-def disk_tier(store: AdapterStore, settings: ServerSettings) -> MakeLoader:
-    """What the engine loads adapters with, once the model is known."""
+def disk_tier(store: AdapterStore, settings: ServerSettings) -> MakeTier:
+    """What adapters are loaded with, once the model is known; the same one for the same model."""
     from polydelta.adapters_store.disk_tier import DiskTier
 
-    return lambda layout, dtype: DiskTier(
-        layout, dtype, store.packed_folder, store.content, int(settings.packed_cache)
-    )
+    @cache
+    def make(layout: BaseLayout, dtype: torch.dtype) -> DiskTier:
+        capacity = int(settings.packed_cache)
+        return DiskTier(layout, dtype, store.packed_folder, store.content, capacity)
+
+    return make
 
 
 def pin_again(store: AdapterStore, engine: Engine) -> None:
@@ -53,9 +62,10 @@ def _warn(name: str, loading: Future[None]) -> None:
         logger.warning("%s could not be pinned again: %s", name, error)
 
 
-def make_publisher(store: AdapterStore, engine: Engine, settings: ServerSettings) -> Publisher:
+def make_publisher(
+    store: AdapterStore, engine: Engine, settings: ServerSettings, make_tier: MakeTier
+) -> Publisher:
     """What makes versions of uploads, checked against the engine's model."""
-    from polydelta.adapters_store.disk_tier import DiskTier
     from polydelta.adapters_store.upload.limits import UploadLimits
     from polydelta.adapters_store.upload.publisher import Publisher
     from polydelta.engine.build import torch_dtype
@@ -65,12 +75,6 @@ def make_publisher(store: AdapterStore, engine: Engine, settings: ServerSettings
         max_total_bytes=int(settings.max_upload),
         max_rank=settings.max_adapter_rank,
     )
-    tier = DiskTier(
-        engine.layout,
-        torch_dtype(settings.dtype),
-        store.packed_folder,
-        store.content,
-        int(settings.packed_cache),
-    )
+    tier = make_tier(engine.layout, torch_dtype(settings.dtype))
     roots = (*settings.adapter_root, *settings.adapters)
     return Publisher(store, tier, engine.layout, limits, roots)

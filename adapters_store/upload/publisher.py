@@ -202,7 +202,7 @@ class Publisher:
                 self._check_numbers(adapter_id, staged)
                 if self._store.folders.find(adapter_id) != ref:
                     raise InvalidAdapterError("its files have changed while they were read")
-                record = self._record(adapter_id, staged.digest, facts, Source.FOLDER, {})
+                record = self._record(adapter_id, staged.digest, facts, Source.ADOPTED, {})
                 self._store.add(record, staged.folder, at_least=ref.version)
         except InvalidAdapterError as error:
             logger.warning("the folder of %r is not a version of it: %s", adapter_id, error)

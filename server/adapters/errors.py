@@ -26,9 +26,10 @@ STATUSES: tuple[tuple[type[AdapterError], int], ...] = (
 
 @contextmanager
 def adapter_errors(param: str | None = None) -> Iterator[None]:
-    """Turns adapters' errors into ApiError. param: the request's field that they are about."""
+    """Turns adapters' errors into ApiError. param: the request's field that they are about, unless
+    the server is to blame."""
     try:
         yield
     except AdapterError as error:
         status = next(status for kind, status in STATUSES if isinstance(error, kind))
-        raise ApiError(status, str(error), param) from None
+        raise ApiError(status, str(error), param if status < 500 else None) from None

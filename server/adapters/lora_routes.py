@@ -16,10 +16,8 @@ from polydelta.server.errors import ApiError, shown
 from polydelta.server.service import Service
 
 
-def lora_router(service: Service) -> APIRouter:
+def lora_router(service: Service, publishing: Publishing, changes: Changes) -> APIRouter:
     router = APIRouter(tags=["adapters"], default_response_class=PlainTextResponse)
-    publishing = Publishing(service)
-    changes = Changes(service.store)
 
     @router.post("/v1/load_lora_adapter")
     async def load_lora_adapter(body: LoadLora) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import to_thread
 
@@ -19,6 +20,8 @@ from polydelta.server.service import Service
 
 if TYPE_CHECKING:  # it imports torch, which the routes do not need
     from polydelta.adapters_store.listing import AdapterListing
+
+T = TypeVar("T")
 
 
 class Orders:
@@ -35,7 +38,9 @@ class Orders:
     async def load(self, name: str) -> AdapterRecord:
         """Of a composition, all parts."""
         record = await self._find(name)
-        await self._load(await to_thread.run_sync(self._refs, record))
+        refs = await to_thread.run_sync(self._refs, record)
+        orders = [self._service.engine.load_adapter(ref) for ref in refs]
+        await self._unless_withdrawn(self._loaded(refs, orders), orders)
         return record
 
     async def evict(self, name: str) -> AdapterRecord:
@@ -47,8 +52,8 @@ class Orders:
     async def pin(self, name: str) -> AdapterRecord:
         """The pin outlives the server."""
         record = await self._find_own(name, "pin")
-        await self._load([self._service.store.ref(record)], pin=True)
-        return await self._note(record, pinned=True)
+        order = self._service.engine.load_adapter(self._service.store.ref(record), pin=True)
+        return await self._unless_withdrawn(self._pinned(record, order), [order])
 
     async def unpin(self, name: str) -> AdapterRecord:
         record = await self._find_own(name, "unpin")
@@ -88,9 +93,30 @@ class Orders:
             parts = [store.find(AdapterName(part.id, part.version)) for part in record.parts]
             return [store.ref(part) for part in parts]
 
-    async def _load(self, refs: Sequence[AdapterRef], pin: bool = False) -> None:
+    async def _unless_withdrawn(
+        self, work: Coroutine[Any, Any, T], orders: Sequence[Future[None]]
+    ) -> T:
+        """The result of `work`, which waits for `orders`. Cancelled, because the client has left,
+        it withdraws them; one that was carried out just before is noted all the same, so that the
+        record and the pool agree."""
+        working = asyncio.ensure_future(work)
         try:
-            await self._done(*(self._service.engine.load_adapter(ref, pin) for ref in refs))
+            await asyncio.wait([working])
+        except asyncio.CancelledError:
+            for order in orders:
+                self._service.engine.withdraw(order)
+            with suppress(ApiError):  # nobody is there to read it
+                await working
+            raise
+        return working.result()
+
+    async def _pinned(self, record: AdapterRecord, order: Future[None]) -> AdapterRecord:
+        await self._loaded([self._service.store.ref(record)], [order])
+        return await self._note(record, pinned=True)
+
+    async def _loaded(self, refs: Sequence[AdapterRef], orders: Sequence[Future[None]]) -> None:
+        try:
+            await self._done(*orders)
         finally:
             await to_thread.run_sync(self._forget_deleted, refs)
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # what checks an upload imports torch, which the routes do no
 
 # Threads that write to the disk at the same time, for all uploads together.
 DISK_THREADS = 8
+# Forms that are taken at the same time. Each may fill --max-upload on the disk, and as much again
+# while an archive is unpacked, before the store's quota is asked.
+MAX_UPLOADS = 16
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -40,6 +43,7 @@ class Publishing:
         self._disk = CapacityLimiter(DISK_THREADS)
         # Adapters are checked one at a time anyway; those that wait hold no thread this way.
         self._checks = CapacityLimiter(1)
+        self._uploads = 0
 
     def check_id(self, adapter_id: str) -> str:
         """The id itself, when something can be published as it."""
@@ -53,7 +57,8 @@ class Publishing:
         """adapter_id: from the path; None when the form has to have it."""
         if adapter_id is not None:
             self.check_id(adapter_id)
-        with adapter_errors("files"):
+        with adapter_errors("files"), self._admitted():
+            await self._on_disk(self._service.store.check_room)
             async with self._staged() as upload:
                 form = UploadForm(upload, self._on_disk, self.check_id)
                 async with aclosing(read_parts(request)) as pieces:
@@ -89,6 +94,18 @@ class Publishing:
         self.check_id(adapter_id)
         with adapter_errors("labels"):
             check_labels(labels or {})
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self._uploads >= MAX_UPLOADS:
+            raise ApiError(
+                503, f"{self._uploads} uploads are under way, which is all: try again in a while."
+            )
+        self._uploads += 1
+        try:
+            yield
+        finally:
+            self._uploads -= 1
 
     @asynccontextmanager
     async def _staged(self) -> AsyncIterator[StagedUpload]:

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import BaseModel
 
 from polydelta.adapters_store.records import AdapterRecord, Part
-from polydelta.adapters_store.reference import AdapterName, AdapterRef
+from polydelta.adapters_store.reference import AdapterRef
+from polydelta.server.adapters.errors import adapter_errors
 from polydelta.server.service import Service
 
 DELETED = "deleted"
@@ -27,7 +28,8 @@ class CompositionPart(BaseModel):
     id: str
     version: int
     weight: float
-    residency: Residency
+    # None when it was deleted together with the composition.
+    residency: Residency | None
 
 
 class AdapterObject(BaseModel):
@@ -57,7 +59,8 @@ class AdapterObject(BaseModel):
     # "ready", "deleting", "deleted", or "invalid" with a problem.
     state: str
     problem: str | None
-    # "upload", "path", "rollback", "composition", or "folder": served where the operator put it.
+    # "upload", "path", "rollback", "composition", "folder" (served where the operator put it), or
+    # "adopted" (taken over from there).
     source: str
     pinned: bool
     # Requests so far, and when the latest one began.
@@ -94,10 +97,12 @@ class AdapterList(BaseModel):
 def describe(service: Service, record: AdapterRecord, state: str | None = None) -> AdapterObject:
     """A record with what is known only now. state: in place of the record's.
 
-    Raises StoreError.
+    Raises ApiError when the catalog does not answer.
     """
     facts = record.facts
     ref = service.store.ref(record)
+    with adapter_errors():
+        parts = [_part(service, part) for part in record.parts]
     return AdapterObject(
         id=record.id,
         object="adapter",
@@ -119,18 +124,18 @@ def describe(service: Service, record: AdapterRecord, state: str | None = None) 
         uses=record.uses,
         last_used=None if record.last_used is None else int(record.last_used),
         active_requests=service.store.users(record),
-        parts=[_part(service, part) for part in record.parts],
+        parts=parts,
         residency=None if record.parts else _residency(service, ref),
     )
 
 
 def _part(service: Service, part: Part) -> CompositionPart:
-    ref = service.store.ref(service.store.find(AdapterName(part.id, part.version)))
+    record = service.store.catalog.find(part.id, part.version)
     return CompositionPart(
         id=part.id,
         version=part.version,
         weight=part.weight,
-        residency=_residency(service, ref),
+        residency=None if record is None else _residency(service, service.store.ref(record)),
     )
 
 

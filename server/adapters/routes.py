@@ -43,14 +43,12 @@ if TYPE_CHECKING:  # what checks an upload imports torch, which the routes do no
     from polydelta.adapters_store.upload.publisher import Published
 
 
-def adapters_router(service: Service) -> APIRouter:
+def adapters_router(service: Service, publishing: Publishing, changes: Changes) -> APIRouter:
     # Here and not above: looking into adapters imports torch, which takes seconds.
     from polydelta.adapters_store.listing import AdapterListing
 
     router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
     listing = AdapterListing(service.store)
-    publishing = Publishing(service)
-    changes = Changes(service.store)
     orders = Orders(service, listing, changes)
 
     @router.post(

@@ -10,6 +10,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 MAX_PAGE = 1000
+# Version numbers have nine digits at most, as in `id@version`.
+MAX_VERSION = 999_999_999
 # Names in one sum; after saved compositions are taken apart there are fewer, see combine().
 MAX_COMPOSE = 64
 
@@ -54,7 +56,7 @@ class CreateAdapter(NewVersion):
 class Rollback(Body):
     """`POST /v1/adapters/{id}/rollback`."""
 
-    version: int = Field(ge=1)
+    version: int = Field(ge=1, le=MAX_VERSION)
 
 
 class Query(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from polydelta.server.adapters.errors import adapter_errors
 from polydelta.server.openai.responses import ModelCard, ModelList
 from polydelta.server.service import Service
 
@@ -17,7 +18,8 @@ def models_router(service: Service) -> APIRouter:
     @router.get("/v1/models")
     def list_models() -> ModelList:
         """The base model first, then the adapters as the catalog finds them now."""
-        adapters = [_card(service, adapter_id) for adapter_id in service.store.ids()]
+        with adapter_errors():
+            adapters = [_card(service, adapter_id) for adapter_id in service.store.ids()]
         return ModelList(object="list", data=[_card(service, service.base_name), *adapters])
 
     @router.get("/v1/models/{name:path}")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,34 @@ def test_it_holds_what_was_checked_and_packed_for_this_base(
     tier.prepare(ref)
     assert tier.holds(ref.digest)
     assert not open_tier(fingerprint="other").holds(ref.digest)
+
+
+def test_to_hold_a_content_it_need_not_be_read_but_be_whole_and_the_right_one(
+    open_tier: Open,
+    upload: Callable[..., AdapterRef],
+    packed_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ref, tier = upload("one"), open_tier()
+    tier.load(ref)
+    assert ref.digest is not None
+    monkeypatch.delattr(disk_tier, "read_packed")
+    assert tier.holds(ref.digest)
+    shutil.copytree(packed_folder / ref.digest, packed_folder / "another")
+    assert not tier.holds("another")
+    (file,) = (packed_folder / ref.digest).iterdir()
+    os.truncate(file, file.stat().st_size - 1)
+    assert not tier.holds(ref.digest)
+
+
+def test_nothing_is_remembered_of_versions_whose_digest_is_known(
+    open_tier: Open, upload: Callable[..., AdapterRef]
+) -> None:
+    ref, tier = upload("one"), open_tier()
+    remembered = weakref.ref(ref)
+    tier.load(ref)
+    del ref
+    assert remembered() is None
 
 
 def test_a_damaged_packed_file_is_made_anew(

@@ -318,3 +318,32 @@ def test_forgetting_what_is_loading_does_not_disturb_those_who_wait(
     store.forget(ref)
     gate.opened.set()
     assert future.result(TIMEOUT).nbytes > 0
+
+
+def test_what_is_forgotten_while_it_loads_is_handed_out_and_not_kept(
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
+) -> None:
+    adapter_files.lora("one")
+    store, ref = open_store(), catalog.resolve("one")
+    future = store.load(ref)
+    assert gate.started.wait(TIMEOUT)
+    store.forget(ref)
+    gate.opened.set()
+    assert future.result(TIMEOUT).nbytes > 0
+    assert not store.holds(ref)
+    store.load(ref).result(TIMEOUT)
+    assert store.holds(ref), "only the load that was under way is not kept"
+
+
+def test_what_is_asked_for_again_after_it_was_forgotten_is_kept_and_read_once(
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
+) -> None:
+    adapter_files.lora("one")
+    store, ref = open_store(), catalog.resolve("one")
+    first = store.load(ref)
+    store.forget(ref)
+    assert store.load(ref) is first
+    gate.opened.set()
+    first.result(TIMEOUT)
+    assert store.holds(ref)
+    assert gate.reads == ["one@1"]

@@ -90,6 +90,17 @@ def test_uses_are_taken_once(leases: Leases) -> None:
     assert leases.users(A) == 1
 
 
+def test_uses_that_are_put_back_are_added_to_later_ones(leases: Leases) -> None:
+    leases.take("", (), [A, B]).release()
+    taken = leases.take_uses()
+    after = time.time()
+    leases.take("", (), [A]).release()
+    leases.put_back(taken)
+    uses = {r: (count, when) for r, count, when in leases.take_uses()}
+    assert {r: count for r, (count, _) in uses.items()} == {A: 2, B: 1}
+    assert uses[B][1] <= after <= uses[A][1]
+
+
 def test_threads_that_come_and_go_leave_nobody_and_lose_no_use(
     leases: Leases, idle: list[AdapterRef]
 ) -> None:

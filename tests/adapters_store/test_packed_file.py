@@ -18,6 +18,7 @@ from polydelta.adapters_store.packed_file import (
     MAGIC,
     UnreadableFileError,
     in_memory,
+    packed_digest,
     read_packed,
     write_packed,
 )
@@ -171,6 +172,25 @@ def test_what_is_no_file_is_unreadable(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing", tmp_path / "missing" / "file"):
         with pytest.raises(UnreadableFileError):
             read_packed(path)
+
+
+def test_the_digest_is_told_from_the_header_and_only_of_a_whole_file(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_packed(make(), tmp_path / "file")
+    whole = (tmp_path / "file").read_bytes()
+    (tmp_path / "short").write_bytes(whole[:-1])
+    (tmp_path / "long").write_bytes(whole + b"x")
+    (tmp_path / "damaged").write_bytes(whole.replace(b'"digest"', b'"digesT"'))
+
+    def no_memory(nbytes: int) -> None:
+        raise AssertionError("its layers were read")
+
+    monkeypatch.setattr(packed_file, "_memory", no_memory)
+    assert packed_digest(tmp_path / "file") == make().digest
+    for name in ("short", "long", "damaged", "missing"):
+        with pytest.raises(UnreadableFileError):
+            packed_digest(tmp_path / name)
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,15 @@ def test_beyond_the_quota_an_upload_is_refused_and_leaves_nothing(
     add(store, "c", "12")
     store.delete(AdapterName("c"), defer=False)
     add(store, "d", "ab")
+
+
+def test_a_store_has_room_until_its_quota_is_used_up(open_store: Open) -> None:
+    store = open_store(quota_bytes=10)
+    add(store, "a", "123456789")
+    store.check_room()
+    add(store, "b", "1")
+    with pytest.raises(TooLargeError, match=r"holds 10 bytes, but its quota is 10: delete"):
+        store.check_room()
 
 
 def test_contents_that_are_gone_are_mended_by_the_same_files(
@@ -596,7 +606,68 @@ def test_leases_flush_uses_now_and_then(
     lease(store, "a").release()
     monkeypatch.setattr(store_module, "FLUSH_SECONDS", 0.0)
     lease(store, "a").release()
-    assert store.find(AdapterName("a")).uses == 1
+    wait_until(lambda: store.find(AdapterName("a")).uses >= 1)
+
+
+def test_a_lease_does_not_wait_for_a_catalog_that_others_write_to(
+    store: AdapterStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(store, "a")
+    monkeypatch.setattr(store_module, "FLUSH_SECONDS", 0.0)
+    with closing(sqlite3.connect(root / "catalog.db")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        # With a flush on its way, these would wait for 10 s and then fail.
+        for _ in range(3):
+            lease(store, "a").release()
+        other.rollback()
+    store.close()
+    with closing(sqlite3.connect(root / "catalog.db")) as catalog:
+        assert catalog.execute("SELECT uses FROM polydelta_versions").fetchall() == [(3,)]
+
+
+def test_uses_that_cannot_be_written_are_written_the_next_time(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(uses: Any) -> None:
+        raise StoreError("the catalog is away")
+
+    add(store, "a")
+    lease(store, "a").release()
+    with monkeypatch.context() as away:
+        away.setattr(store.catalog, "count_uses", fail)
+        with pytest.raises(StoreError, match="away"):
+            store.flush()
+        away.setattr(store_module, "FLUSH_SECONDS", 0.0)
+        lease(store, "a").release()
+        wait_until(lambda: "written later: the catalog is away" in caplog.text)
+    store.flush()
+    assert store.find(AdapterName("a")).uses == 2
+
+
+def test_leases_start_no_flush_while_one_is_under_way(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, may_end = threading.Event(), threading.Event()
+    written: list[int] = []
+
+    def write_slowly(uses: Any) -> None:
+        began.set()
+        may_end.wait(TIMEOUT)
+        written.extend(count for *_, count, _ in uses)
+
+    add(store, "a")
+    lease(store, "a").release()
+    monkeypatch.setattr(store.catalog, "count_uses", write_slowly)
+    monkeypatch.setattr(store_module, "FLUSH_SECONDS", 0.0)
+    lease(store, "a").release()
+    assert began.wait(TIMEOUT)
+    for _ in range(5):
+        lease(store, "a").release()
+    may_end.set()
+    store.close()
+    # One in the background, and the last one.
+    assert len(written) == 2
+    assert sum(written) == 7
 
 
 def test_uses_of_a_version_that_is_gone_are_nobodys(store: AdapterStore) -> None:

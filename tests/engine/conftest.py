@@ -116,7 +116,7 @@ class World:
         self.num_wakes = 0
         self.residency = Residency(self.pool, PAGE_BYTES, self.host, self._bind, costs, self._wake)
         self.scheduler = Scheduler(self.limits, self.pool, self.kv, self.residency)
-        self.control = AdapterControl(self.pool, self.kv, self.residency)
+        self.control = AdapterControl(self.pool, self.kv, self.residency, self.scheduler)
         self.recorder = StatsRecorder(self.pool, self.kv, self.residency, costs)
         self.orders: list[Future[None]] = []
         self.submitted: list[Sequence] = []
@@ -157,10 +157,11 @@ class World:
     def unpin(self, adapter: str) -> None:
         self.control.unpin(make_ref(adapter), Future())
 
-    def evict(self, adapter: str) -> Future[None]:
-        done: Future[None] = Future()
-        self.control.evict(make_ref(adapter), done)
-        return done
+    def withdraw(self, order: Future[None]) -> None:
+        self.control.withdraw(order)
+
+    def evict(self, adapter: str) -> None:
+        self.control.evict(make_ref(adapter))
 
     def forget(self, adapter: str) -> None:
         self.control.forget(make_ref(adapter))

@@ -114,7 +114,7 @@ def test_an_evicted_adapter_leaves_the_pool_and_the_host(world: Worlds) -> None:
     w = world(adapters={"a": 3})
     w.load("a")
     w.drain()
-    assert w.evict("a").result() is None
+    w.evict("a")
     assert w.residency.describe(ref(w, "a")).state is ResidencyState.ON_DISK
     assert w.host.forgotten == ["a"]
     assert w.pool.num_free == w.pool.num_pages
@@ -132,7 +132,7 @@ def test_what_is_used_or_pinned_is_not_evicted(world: Worlds, pinned: bool) -> N
         w.host.finish()
         w.step()
     with pytest.raises(InUseError, match="pinned" if pinned else "in use"):
-        w.evict("a").result()
+        w.evict("a")
     w.drain()
 
 
@@ -169,3 +169,95 @@ def test_orders_end_when_the_engine_does(world: Worlds) -> None:
     w.control.close()
     with pytest.raises(AdapterError, match="stopped"):
         done.result()
+
+
+def test_refused_pins_leave_nothing_on_its_way(world: Worlds) -> None:
+    """Each held host RAM and one of the places for what is loaded ahead."""
+    names = [f"pinned {number}" for number in range(11)]
+    w = world(num_pages=4, adapters=dict.fromkeys(names, 3) | {"a": 1, "b": 1})
+    orders = [w.load(name, pin=True) for name in names]
+    w.drain()
+    assert all("pinned adapters may hold half" in str(order.exception()) for order in orders)
+    assert w.residency.num_on_their_way() == 0
+    for name in ("a", "b"):
+        w.submit([1], name)
+    w.step()
+    assert w.host.asked[-2:] == ["a", "b"]
+    w.drain()
+
+
+@pytest.mark.parametrize("end", ["unpin", "withdraw", "close"])
+def test_an_order_that_ends_lets_go_of_what_was_loaded_for_it(world: Worlds, end: str) -> None:
+    w = world(num_pages=6, adapters={"a": 3})
+    w.submit(range(14), max_tokens=3)
+    order = w.load("a", pin=True)
+    w.step()
+    w.host.finish()
+    w.step()
+    assert w.residency.num_on_their_way() == 1
+    {
+        "unpin": lambda: w.unpin("a"),
+        "withdraw": lambda: w.withdraw(order),
+        "close": w.control.close,
+    }[end]()
+    assert isinstance(order.exception(), AdapterError)
+    assert w.residency.num_on_their_way() == 0
+    w.drain()
+    assert w.residency.resident() == []
+
+
+def test_an_order_that_ends_leaves_the_adapter_to_others_who_wait_for_it(world: Worlds) -> None:
+    w = world(num_pages=6, adapters={"a": 3, "b": 3})
+    w.submit(range(14), max_tokens=3)
+    w.step()
+    w.submit([1], "a")
+    orders = [w.load("a", pin=True), w.load("b", pin=True), w.load("b")]
+    w.step()
+    w.host.finish()
+    w.step()
+    w.withdraw(orders[0])
+    w.withdraw(orders[1])
+    assert w.residency.num_on_their_way() == 2
+    w.drain()
+    assert orders[2].result() is None
+    assert w.host.asked == ["a", "b"]
+
+
+def test_withdrawing_an_order_that_was_carried_out_changes_nothing(world: Worlds) -> None:
+    w = world(adapters={"a": 3})
+    order = w.load("a", pin=True)
+    w.drain()
+    w.withdraw(order)
+    assert order.result() is None
+    assert w.residency.is_pinned(ref(w, "a"))
+
+
+def test_a_load_that_pinned_adapters_leave_no_room_for_is_refused(world: Worlds) -> None:
+    w = world(num_pages=8, adapters={"a": 4, "b": 5})
+    w.load("a", pin=True)
+    w.drain()
+    order = w.load("b")
+    w.drain()
+    with pytest.raises(AdapterError, match=r"has 8, 4 of which other pinned .*: unpin others, or"):
+        order.result()
+    w.unpin("a")
+    again = w.load("b")
+    w.drain()
+    assert again.result() is None
+
+
+def test_one_failed_load_ends_every_order_and_every_request_for_the_adapter(
+    world: Worlds,
+) -> None:
+    w = world(max_batch_size=1, adapters={"a": 3})
+    orders = [w.load("a"), w.load("a", pin=True), w.load("a")]
+    w.submit([7], max_tokens=9)
+    waiting = [w.submit([number], "a") for number in range(2)]
+    w.step()
+    w.host.fail("a", "it is damaged")
+    w.step()
+    assert [str(order.exception(timeout=0)) for order in orders] == ["it is damaged"] * 3
+    assert w.failed == dict.fromkeys(waiting, "it is damaged")
+    assert w.host.asked == ["a"]
+    assert w.residency.describe(ref(w, "a")).state is ResidencyState.ON_DISK
+    w.drain()

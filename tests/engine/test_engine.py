@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from polydelta.adapters_store.composition import Share
+from polydelta.adapters_store.errors import AdapterError
 from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.engine.engine import Engine, EngineDeadError
 from polydelta.engine.models.checkpoint import Checkpoint
@@ -215,3 +216,43 @@ def test_without_a_window_of_its_own_a_small_pool_bounds_it(
 ) -> None:
     with serve(tiny_checkpoint, pool_bytes=10 * 3 * 2560) as engine:
         assert engine.max_model_len == 80
+
+
+def test_who_stands_behind_a_request_that_fails_is_answered_though_nothing_else_happens(
+    tiny_checkpoint: Checkpoint, adapter_writer: Callable, serve: Callable, run: Callable
+) -> None:
+    write = adapter_writer(base_layout(tiny_checkpoint.config, tiny_checkpoint.id))
+    for name in ("first", "second"):
+        write.lora(name, 4)
+    catalog = FolderCatalog([write.root])
+    all_pages = SamplingParams(max_tokens=99, temperature=0.0, ignore_eos=True)
+    # 10 pages of 16 tokens: the window alone fits, beside an adapter it does not.
+    with serve(
+        tiny_checkpoint, pool_bytes=10 * 3 * 2560, max_model_len=159, max_batch_size=1
+    ) as engine:
+        answers = run(
+            engine,
+            [
+                request("1", adapter=catalog.resolve("first"), sampling=all_pages, prompt=[5] * 60),
+                request("2", adapter=catalog.resolve("second")),
+            ],
+        )
+    assert "needs 1" in (answers["1"].error or "")
+    assert answers["2"].finish_reason is FinishReason.LENGTH
+
+
+def test_an_order_that_is_withdrawn_before_it_is_carried_out_ends(
+    tiny_checkpoint: Checkpoint, adapter_writer: Callable, serve: Callable, run: Callable
+) -> None:
+    write = adapter_writer(base_layout(tiny_checkpoint.config, tiny_checkpoint.id))
+    write.lora("bot", 4)
+    ref, both_given = FolderCatalog([write.root]).resolve("bot"), threading.Event()
+    with serve(tiny_checkpoint) as engine:
+        engine._command(lambda: both_given.wait(60))
+        order = engine.load_adapter(ref, pin=True)
+        engine.withdraw(order)
+        both_given.set()
+        with pytest.raises(AdapterError, match="'bot@1' was withdrawn"):
+            order.result(60)
+        assert run(engine, [request("a")])["a"].finish_reason is FinishReason.LENGTH
+        assert engine.stats().pages_adapters == 0

@@ -57,3 +57,19 @@ def test_answers_in_fused_mode_equal_unmerged_ones_and_the_base_comes_back_uncha
             assert answer.token_ids == want[one.request_id]
         got_mixed = {k: a.token_ids for k, a in run(engine, mixed).items()}
         assert got_mixed == want_mixed
+
+
+def test_an_evicted_adapter_leaves_the_base_weights_and_nothing_is_kept_of_it(
+    tiny_checkpoint: Checkpoint, adapter_writer: Callable, serve: Callable, run: Callable
+) -> None:
+    catalog = write(adapter_writer, tiny_checkpoint)
+    one = request(1, catalog, "lora", 30)
+    with serve(tiny_checkpoint, prefix_caching=False, fuse_after=2) as engine:
+        deadline = time.monotonic() + 20
+        while not is_fused(engine) and time.monotonic() < deadline:
+            want = run(engine, [one])[one.request_id].token_ids
+        assert is_fused(engine)
+        engine.evict_adapter(catalog.resolve("lora")).result(20)
+        assert not is_fused(engine)
+        assert engine._runner._fusion._prepared is None
+        assert run(engine, [one])[one.request_id].token_ids == want

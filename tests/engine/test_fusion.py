@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -268,3 +269,29 @@ class TestFusion:
                 time.sleep(0.001)
         assert [fusion.settle(self.SHIRA, packed) for _ in range(3)] == [None] * 3
         assert len(caplog.records) == 1
+
+    def test_one_adapter_at_a_time_is_made_ready_however_often_the_wanted_one_changes(
+        self,
+        linears: list[list[FusableLinear]],
+        packed: Callable[[AdapterRef], PackedAdapter],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Each takes as much memory as the layers that it changes."""
+        fusion, opened, began = Fusion(linears), threading.Event(), []
+
+        def prepare(linears: list[list[FusableLinear]], content: PackedAdapter) -> FusedAdapter:
+            began.append(content)
+            assert opened.wait(60)
+            return FusedAdapter(linears, content)
+
+        monkeypatch.setattr("polydelta.engine.fusion.FusedAdapter", prepare)
+        for _ in range(20):
+            for ref in (self.LORA, self.SHIRA):
+                assert fusion.settle(ref, packed) is None
+        fusion.forget(self.LORA)
+        assert fusion.settle(self.LORA, packed) is None
+        assert len(began) <= 1
+        opened.set()
+        self.settled(fusion, self.SHIRA, packed)
+        assert began == [packed(self.LORA), packed(self.SHIRA)]
+        fusion.settle(None, packed)

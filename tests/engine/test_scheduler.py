@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from polydelta.adapters_store.errors import InUseError
 from polydelta.engine.residency import ResidencyState
 from polydelta.engine.sequence import Schedule, Sequence
 
@@ -243,6 +245,39 @@ def test_a_failed_load_fails_all_who_wait_for_it_and_nobody_else(world: Worlds) 
     assert w.failed == dict.fromkeys(doomed, "the file is cut short")
     assert set(w.finished) == set(others)
     assert w.live == []
+
+
+def test_a_sum_whose_loads_fail_before_the_same_step_fails_its_own_request_only(
+    world: Worlds,
+) -> None:
+    w = world(adapters={"a": 1, "b": 1, "sound": 1})
+    doomed = w.submit([1], "a+b")
+    others = [w.submit([2], "sound"), w.submit([3])]
+    w.step()
+    w.host.fail("a", "no")
+    w.host.fail("b", "no")
+    w.host.finish("sound")
+    w.step()
+    assert w.failed == {doomed: "no"}
+    assert set(w.finished) == set(others)
+    again = w.submit([4], "b")
+    w.drain()
+    assert w.finished[-1] is again
+    assert w.host.asked == ["a", "b", "sound", "b"]
+
+
+def test_a_sequence_behind_ones_that_fail_runs_without_anybody_waking_the_loop(
+    world: Worlds,
+) -> None:
+    """Its adapter is not looked at before they have left, so that no load would wake the loop."""
+    w = world(max_batch_size=1, num_pages=4, adapters={"a": 1})
+    too_large = w.submit(range(40))
+    behind = w.submit([1], "a")
+    assert w.step() == []
+    assert list(w.failed) == [too_large]
+    assert w.host.pending == []
+    w.drain()
+    assert w.finished == [behind]
 
 
 def test_the_next_request_after_a_failed_load_tries_again(world: Worlds) -> None:
@@ -485,7 +520,13 @@ class SchedulerHistory(RuleBasedStateMachine):
 
     @rule(adapter=st.sampled_from(["a", "b", "c"]), gone=st.booleans())
     def take_out(self, adapter: str, gone: bool) -> None:
-        self.w.forget(adapter) if gone else self.w.evict(adapter)
+        with suppress(InUseError):
+            self.w.forget(adapter) if gone else self.w.evict(adapter)
+
+    @precondition(lambda self: self.orders)
+    @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        self.w.withdraw(self.orders[data.draw(st.integers(0, len(self.orders) - 1), "order")])
 
     @invariant()
     def holds(self) -> None:

@@ -26,7 +26,7 @@ from polydelta.engine.request import (
 from polydelta.engine.stats import EngineStats
 from polydelta.server.app import create_app
 from polydelta.server.settings import ServerSettings
-from polydelta.server.stores import make_publisher
+from polydelta.server.stores import disk_tier, make_publisher
 
 
 class FakeTokenizer:
@@ -153,7 +153,8 @@ def store(tmp_path: Path) -> Iterator[AdapterStore]:
 def make_app(engine: FakeEngine, store: AdapterStore) -> Callable[..., FastAPI]:
     def make(**options: object) -> FastAPI:
         settings = ServerSettings(adapters=(), **options)
-        return create_app(engine, store, make_publisher(store, engine, settings), settings)
+        publisher = make_publisher(store, engine, settings, disk_tier(store, settings))
+        return create_app(engine, store, publisher, settings)
 
     return make
 

@@ -118,6 +118,17 @@ def test_a_model_that_is_not_there_is_one_line(run, tmp_path):
     assert "Traceback" not in err
 
 
+def test_generate_opens_the_store_only_for_an_adapter(run, tmp_path):
+    # A store that can be no folder stands for a home that cannot be written.
+    (tmp_path / "store").write_text("a file")
+    arguments = ("--model", str(tmp_path / "nothing"), "--store", str(tmp_path / "store"))
+    _, _, err = run("generate", "Hi", *arguments)
+    assert "nothing" in err
+    assert "store" not in err.replace(str(tmp_path), "")
+    _, _, err = run("generate", "Hi", "--adapter", "iso-date", *arguments)
+    assert "--store" in err
+
+
 def test_adapters_list_shows_uploads_beside_folders(run, tmp_path):
     store = AdapterStore(StoreConfig(tmp_path / "store"), FolderCatalog([]))
     record = AdapterRecord(

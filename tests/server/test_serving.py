@@ -26,7 +26,7 @@ from polydelta.engine.stats import EngineStats
 from polydelta.server.app import create_app
 from polydelta.server.serving import Server, bind, url_of
 from polydelta.server.settings import load_settings
-from polydelta.server.stores import make_publisher, open_store
+from polydelta.server.stores import disk_tier, make_publisher, open_store
 
 class StoppableEngine(FakeEngine):
     def __init__(self):
@@ -58,7 +58,8 @@ settings = load_settings(
 )
 store = open_store(settings)
 with bind(settings.host, settings.port) as bound:
-    app = create_app(engine, store, make_publisher(store, engine, settings), settings)
+    publisher = make_publisher(store, engine, settings, disk_tier(store, settings))
+    app = create_app(engine, store, publisher, settings)
     ready = lambda: print(url_of(bound), flush=True)
     Server(app, engine, settings, ready).serve_until_stopped(bound)
 print("stopped", flush=True)

@@ -412,7 +412,7 @@ def test_an_upload_over_a_folder_takes_it_over_and_its_numbers_go_on(
     published = publish("a", adapter_files.lora("new", lora_alpha=9))
     assert published.record.name == "a@3"
     old = store.find(AdapterName("a", 2))
-    assert (old.digest, old.source) == (digest, Source.FOLDER)
+    assert (old.digest, old.source) == (digest, Source.ADOPTED)
     assert store.resolve("a@2").digest == digest
     # A copy: what becomes of the folder is no longer of interest.
     place("a", lora_alpha=99)
@@ -436,7 +436,7 @@ def test_what_lies_in_the_folder_already_is_taken_over_and_is_no_new_version(
 ) -> None:
     published = publish("a", place("a"))
     assert (published.created, published.record.name) == (False, "a@1")
-    assert published.record.source is Source.FOLDER
+    assert published.record.source is Source.ADOPTED
 
 
 def test_a_folder_that_cannot_be_served_is_passed_over_but_its_number_is_taken(
@@ -617,7 +617,7 @@ def test_a_sum_under_the_name_of_a_folder_goes_on_with_its_numbers(
 ) -> None:
     place("a")
     assert publisher.compose("a", [("lora", 0.5)]).record.name == "a@2"
-    assert store.find(AdapterName("a", 1)).source is Source.FOLDER
+    assert store.find(AdapterName("a", 1)).source is Source.ADOPTED
 
 
 @pytest.mark.usefixtures("parts")

@@ -28,7 +28,9 @@ from polydelta.adapters_store.store import AdapterStore, StoreConfig
 from polydelta.adapters_store.upload.limits import UploadLimits
 from polydelta.adapters_store.upload.publisher import Publisher
 from polydelta.engine.residency import AdapterPlace, ResidencyState
+from polydelta.server.adapters.changes import Changes
 from polydelta.server.adapters.lora_routes import lora_router
+from polydelta.server.adapters.publishing import Publishing
 from polydelta.server.adapters.routes import adapters_router
 from polydelta.server.errors import install_error_handlers
 from polydelta.server.service import Service
@@ -50,6 +52,7 @@ class FakePool:
         self.error: Exception | None = None
         # Orders stay undone.
         self.stuck = False
+        self.orders: list[Future[None]] = []
 
     def adapter_place(self, ref: AdapterRef) -> AdapterPlace:
         return self.places.get(ref, AdapterPlace(ResidencyState.ON_DISK))
@@ -63,6 +66,10 @@ class FakePool:
 
         return self._order(load)
 
+    def withdraw(self, order: Future[None]) -> None:
+        if not order.done():
+            order.set_exception(AdapterError("The order was withdrawn."))
+
     def unpin_adapter(self, ref: AdapterRef) -> Future[None]:
         return self._order(lambda: self.pinned.discard(ref.name))
 
@@ -74,6 +81,7 @@ class FakePool:
     def _order(self, work: Callable[[], object]) -> Future[None]:
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()
+        self.orders.append(done)
         if not self.alive:
             done.set_exception(AdapterError("The engine has stopped."))
         elif self.error is not None:
@@ -139,8 +147,9 @@ def world(tmp_path: Path) -> Iterator[World]:
     )
     app = FastAPI()
     install_error_handlers(app)
-    app.include_router(adapters_router(service))
-    app.include_router(lora_router(service))
+    publishing, changes = Publishing(service), Changes(store)
+    app.include_router(adapters_router(service, publishing, changes))
+    app.include_router(lora_router(service, publishing, changes))
     yield World(tmp_path, engine, store, app)
     store.close()
 

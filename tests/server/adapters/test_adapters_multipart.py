@@ -14,6 +14,7 @@ import pytest
 from polydelta.adapters_store.upload.limits import UploadLimits
 from polydelta.adapters_store.upload.publisher import Published
 from polydelta.adapters_store.upload.staging import Staging
+from polydelta.server.adapters import publishing
 from polydelta.server.adapters.multipart import MAX_HEADER_BYTES, MAX_PARTS, read_chunks
 from polydelta.server.adapters.publishing import Publishing
 from polydelta.server.errors import ApiError
@@ -252,6 +253,54 @@ def test_the_number_of_parts_and_of_files_is_bounded(
     assert str(MAX_PARTS) in refusal(answer, 413)
 
 
+def test_more_uploads_than_may_be_under_way_are_refused_at_once(
+    world: Worlds,
+    send_async: Send,
+    body: bytes,
+    refusal: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(publishing, "MAX_UPLOADS", 2)
+
+    async def stalled() -> asyncio.Task[Any]:
+        taken = asyncio.Event()
+        call = send_async(world.app, [body[:-20]], stall=True, before_end=taken.set)
+        task = asyncio.create_task(call)
+        await taken.wait()
+        return task
+
+    async def crowd() -> None:
+        tasks = [await stalled(), await stalled()]
+        assert "2 uploads are under way" in refusal(await send_async(world.app, [body]), 503)
+        assert len(world.staging) == 2
+        tasks[0].cancel()
+        await asyncio.wait(tasks[:1])
+        assert (await send_async(world.app, [body])).status_code == 201
+        tasks[1].cancel()
+        await asyncio.wait(tasks)
+
+    asyncio.run(crowd())
+    assert world.staging == []
+
+
+def test_an_upload_to_a_store_that_is_full_is_refused_before_it_is_taken(
+    world: Worlds,
+    send: Send,
+    body: bytes,
+    refusal: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(world.store.catalog, "total_bytes", lambda: 1 << 60)
+
+    def chunks() -> Iterator[bytes]:
+        yield body[:10]
+        raise AssertionError("more of the body was taken")
+
+    message = refusal(send(world.app, chunks()), 413, "files")
+    assert "quota" in message
+    assert world.staging == []
+
+
 class NoChecks:
     """A publisher that takes everything that is sent whole."""
 
@@ -293,7 +342,12 @@ def test_an_upload_of_200_mb_takes_a_few_mb_of_memory(
             for piece in chunks():
                 yield piece
 
+    class WithRoom:
+        def check_room(self) -> None:
+            pass
+
     class OfNoChecks:
+        store = WithRoom()
         publisher = NoChecks(tmp_path)
         base_name = "base"
 

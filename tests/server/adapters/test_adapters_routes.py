@@ -12,7 +12,6 @@ import pytest
 from fastapi.testclient import TestClient
 
 from polydelta.adapters_store.errors import AdapterError
-from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.residency import AdapterPlace, ResidencyState
 
 # `World` of conftest.py.
@@ -191,9 +190,7 @@ def test_a_saved_composition_is_a_version_with_parts(
 ) -> None:
     upload("a", make_lora(0))
     upload("b", make_lora(1))
-    world.engine.places[AdapterRef("b", 1, world.root)] = AdapterPlace(
-        ResidencyState.RESIDENT, 3, 1
-    )
+    world.engine.places[world.store.resolve("b")] = AdapterPlace(ResidencyState.RESIDENT, 3, 1)
     answer = compose(client, "sum", a=0.5, b=2.0)
     assert answer.status_code == 201
     record = answer.json()
@@ -369,7 +366,7 @@ def test_a_rollback_is_a_new_version_with_the_old_content(
     assert (again.status_code, again.json()["version"]) == (200, 3)
     refusal(client.post("/v1/adapters/a/rollback", json={"version": 9}), 404, "id")
     refusal(client.post("/v1/adapters/a@1/rollback", json={"version": 1}), 400, "id")
-    for wrong in (0, "1", 1.5, None):
+    for wrong in (0, "1", 1.5, None, 1_000_000_000, 2**63):
         refusal(client.post("/v1/adapters/a/rollback", json={"version": wrong}), 400, "version")
 
 
@@ -441,7 +438,7 @@ def test_an_adapter_in_a_folder_is_adopted_by_an_upload(
     world.folder_adapter("f", make_lora(0))
     assert upload("f", make_lora(1))["version"] == 2
     versions = client.get("/v1/adapters/f/versions").json()["data"]
-    assert [(r["name"], r["source"]) for r in versions] == [("f@1", "folder"), ("f@2", "upload")]
+    assert [(r["name"], r["source"]) for r in versions] == [("f@1", "adopted"), ("f@2", "upload")]
     assert ids(client) == ["f"]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from fastapi.testclient import TestClient
 
+from polydelta.adapters_store.errors import StoreError
+
 
 def test_the_base_comes_first_and_is_the_parent_of_the_adapters(client):
     body = client.get("/v1/models").json()
@@ -38,6 +40,21 @@ def test_an_unknown_model_is_404(client):
     answer = client.get("/v1/models/some/body")
     assert answer.status_code == 404
     assert answer.json()["error"]["param"] == "model"
+
+
+def test_a_catalog_that_does_not_answer_is_503(client, store, monkeypatch):
+    def fail(*_: object) -> None:
+        raise StoreError("The catalog is away.")
+
+    for question in ("newest", "find", "known"):
+        monkeypatch.setattr(store.catalog, question, fail)
+    answers = [client.get(f"/v1/models{end}") for end in ("", "/dates", "/dates@1")]
+    answers.append(client.post("/v1/completions", json={"model": "dates", "prompt": "Hi"}))
+    for answer in answers:
+        error = answer.json()["error"]
+        assert (answer.status_code, error["message"]) == (503, "The catalog is away.")
+        # No field of the request is to blame.
+        assert error["param"] is None
 
 
 def test_the_base_can_be_served_under_another_name(make_app):
