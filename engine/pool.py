@@ -119,12 +119,6 @@ class PageAllocator:
             heapq.heapify(self._lowest)
 
 
-# What a use counts that was not followed by another yet. Counted in full, prompts that nobody sends
-# again outlive adapters that everybody uses: with room for 20 adapters and traffic over 20, every
-# second request had to load its own.
-FIRST_USE = 0.1
-
-
 @dataclass(frozen=True)
 class IdlePages:
     """Pages that are kept for what is in them until somebody needs the room."""
@@ -177,17 +171,18 @@ class PagePool:
         key: Hashable,
         pages: Sequence[int],
         cost: float,
-        reuses: int,
+        uses: int,
         forget: Callable[[], None],
     ) -> None:
         """Hands pages to the pool to keep or evict as it likes.
 
-        cost: seconds that it would take to have them back; reuses: how often they were used again;
-        forget: called when they are evicted, after which the pages belong to nobody.
+        cost: seconds that it would take to have them back; uses: what speaks for their being used
+        again, 0 for nothing; forget: called when they are evicted, after which the pages belong to
+        nobody.
         """
         self._idle[key] = IdlePages(tuple(pages), forget)
         self.num_idle += len(pages)
-        self._order.add(key, cost * (reuses + FIRST_USE) / len(pages))
+        self._order.add(key, cost * uses / len(pages))
 
     def revive(self, key: Hashable) -> tuple[int, ...]:
         """Takes retired pages back into use."""

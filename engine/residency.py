@@ -195,7 +195,7 @@ class Residency(Generic[Packed, Bound]):
         entry.users -= 1
         if not entry.users:
             cost = self._costs.load_seconds(entry.nbytes)
-            self._pool.retire(ref, entry.pages, cost, entry.uses - 1, lambda: self._forget(ref))
+            self._pool.retire(ref, entry.pages, cost, entry.uses, lambda: self._forget(ref))
             if entry.doomed:
                 self._pool.evict(ref)
 

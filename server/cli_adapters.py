@@ -17,7 +17,7 @@ from polydelta.server import options
 from polydelta.server.cli_merge import merge
 from polydelta.server.cli_push import push
 from polydelta.server.settings import load_settings
-from polydelta.server.stores import open_store
+from polydelta.server.stores import find_adapter, open_store
 
 if TYPE_CHECKING:
     from polydelta.adapters_store.inspection import AdapterSummary
@@ -73,7 +73,7 @@ def list_adapters(
 
 @adapters.command("inspect")
 def inspect_adapter(
-    path: Annotated[Path, typer.Argument(help="One adapter's folder.")],
+    adapter: Annotated[str, typer.Argument(help="An adapter's folder, or its id.")],
     model: Annotated[
         str | None,
         typer.Option(
@@ -81,6 +81,7 @@ def inspect_adapter(
             metavar="PATH|HUB_ID",
         ),
     ] = None,
+    store: options.Store = None,
 ) -> None:
     """Show one adapter: kind, rank, modules, bytes, digest, and what would refuse it.
 
@@ -88,16 +89,22 @@ def inspect_adapter(
 
     Leaves with code 1 when the adapter cannot be served.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
     [cyan]polydelta adapters inspect ./adapters/my-adapter[/cyan]
+    a folder
+
+    [cyan]polydelta adapters inspect support-bot@3[/cyan]
+    what was uploaded as version 3
     """
     from polydelta.adapters_store.inspection import inspect
     from polydelta.engine.models.checkpoint import open_checkpoint
     from polydelta.engine.models.decoder import base_layout
 
-    base = open_checkpoint(load_settings(model=model).model)
-    summary = inspect(path, base_layout(base.config, base.id))
+    settings = load_settings(model=model, store=store)
+    ref = find_adapter(adapter, settings)
+    base = open_checkpoint(settings.model)
+    summary = inspect(ref.path, base_layout(base.config, base.id))
     facts = Table.grid(padding=(0, 2))
     for name, cell in zip(COLUMNS, _cells(summary), strict=True):
         facts.add_row(name, cell)

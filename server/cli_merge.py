@@ -17,8 +17,10 @@ from rich.table import Table
 
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.merge_recipe import Election, MergeRecipe, Method
-from polydelta.adapters_store.reference import AdapterRef, is_id
-from polydelta.server.settings import SettingsError, load_settings
+from polydelta.adapters_store.reference import AdapterRef
+from polydelta.server import options
+from polydelta.server.settings import ServerSettings, SettingsError, load_settings
+from polydelta.server.stores import find_adapter
 
 if TYPE_CHECKING:
     from polydelta.adapters_store.base_layout import BaseLayout
@@ -74,6 +76,7 @@ def merge(
             metavar="PATH|HUB_ID",
         ),
     ] = None,
+    store: options.Store = None,
 ) -> None:
     """Merge adapters into a new one, which PEFT reads too.
 
@@ -98,8 +101,8 @@ def merge(
     one adapter less half of another, in half the space
     """
     recipe = MergeRecipe(method, density, seed, rank, election)
-    settings = load_settings(model=model)
-    refs = [_source(text, settings.adapters) for text in sources]
+    settings = load_settings(model=model, store=store)
+    refs = [_source(text, settings) for text in sources]
     # Here and not above: `polydelta --help` must not wait for torch.
     import torch
 
@@ -117,8 +120,8 @@ def merge(
     Console().print(_facts(out, merged, recipe, dtype))
 
 
-def _source(text: str, roots: Sequence[Path]) -> tuple[AdapterRef, float]:
-    """FOLDER=WEIGHT, the folder named by path or by id. Raises SettingsError."""
+def _source(text: str, settings: ServerSettings) -> tuple[AdapterRef, float]:
+    """FOLDER=WEIGHT, the folder named by path or by id. Raises SettingsError, AdapterError."""
     name, equals, number = text.rpartition("=")
     if not equals or not name:
         raise SettingsError(f"FOLDER=WEIGHT: {text!r} has no weight; write {text.strip('=')}=1.0.")
@@ -131,14 +134,7 @@ def _source(text: str, roots: Sequence[Path]) -> tuple[AdapterRef, float]:
             f"FOLDER=WEIGHT: the weight of {name!r} is {number!r}; give a number other than 0, "
             "such as 0.5."
         )
-    places = [Path(name), *(root / name for root in roots if is_id(name))]
-    for path in places:
-        if path.is_dir():
-            return AdapterRef(path.absolute().name, 1, path), weight
-    raise SettingsError(
-        f"FOLDER=WEIGHT: there is no folder {name!r}, nor an adapter of this id; "
-        "`polydelta adapters list` shows the ids."
-    )
+    return find_adapter(name, settings), weight
 
 
 def _read(ref: AdapterRef, layout: BaseLayout) -> Adapter:

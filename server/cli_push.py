@@ -164,9 +164,13 @@ def _post(
     """The record in the server's answer, with its status in `status`. Raises PushError."""
     import httpx
 
+    if not url.startswith(("http://", "https://")):
+        raise PushError(f"--url: {url!r} has no scheme: write http://{url}.")
+    # Clients of OpenAI's API have the /v1 in their base URL.
+    base = url.rstrip("/").removesuffix("/v1")
     try:
         answer = httpx.post(
-            f"{url.rstrip('/')}/v1/adapters",
+            f"{base}/v1/adapters",
             data=fields,
             # Sent in pieces as they are read.
             files=[("files", (Path(os.fsdecode(file.name)).name, file)) for file in files],

@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import closing
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from polydelta.adapters_store.errors import UnknownAdapterError
 from polydelta.adapters_store.folders import FolderCatalog
+from polydelta.adapters_store.reference import AdapterRef
 from polydelta.server.settings import ServerSettings
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
@@ -36,6 +40,24 @@ def open_store(settings: ServerSettings) -> AdapterStore:
         quota_bytes=int(settings.store_quota),
     )
     return AdapterStore(config, FolderCatalog(settings.adapters))
+
+
+def find_adapter(name: str, settings: ServerSettings) -> AdapterRef:
+    """A folder by its path, or what the store that the settings describe calls `id` or
+    `id@version`; its files are on this machine. Raises UnknownAdapterError, StoreError."""
+    if Path(name).is_dir():
+        return AdapterRef(Path(name).absolute().name, 1, Path(name))
+    with closing(open_store(settings)) as store:
+        try:
+            ref = store.resolve(name)
+        except UnknownAdapterError:
+            raise UnknownAdapterError(
+                f"There is no folder {name!r}, nor an adapter of this id: `polydelta adapters list` "
+                "shows the ids; --store says where uploads lie."
+            ) from None
+        if ref.digest is not None:
+            store.content.fetch(ref.digest)
+        return ref
 
 
 def disk_tier(store: AdapterStore, settings: ServerSettings) -> MakeTier:

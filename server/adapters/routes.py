@@ -12,6 +12,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from polydelta.adapters_store.delta_kinds import KINDS
 from polydelta.adapters_store.labels import check_labels
 from polydelta.adapters_store.records import AdapterRecord, VersionState
 from polydelta.adapters_store.reference import is_id, parse_name
@@ -92,6 +93,9 @@ def adapters_router(service: Service, publishing: Publishing, changes: Changes) 
         """The newest ready version of each id, by id, those in the operator's folders included."""
         if query.after is not None and not is_id(query.after):
             raise ApiError(400, f"after: {shown(query.after)} is no adapter id.", "after")
+        if query.kind not in (None, *KINDS):
+            kinds = ", ".join(KINDS)
+            raise ApiError(400, f"kind: {shown(query.kind)} is none of {kinds}.", "kind")
         labels = _labels(query.label)
         with adapter_errors():
             service.store.flush()

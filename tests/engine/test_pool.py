@@ -180,11 +180,11 @@ class PoolHistory(RuleBasedStateMachine):
         self.pool.free(self.in_use.pop(data.draw(st.sampled_from(sorted(self.in_use)), "key")))
 
     @precondition(lambda self: self.in_use)
-    @rule(data=st.data(), cost=st.floats(0, 10), reuses=st.integers(0, 5))
-    def retire(self, data: st.DataObject, cost: float, reuses: int) -> None:
+    @rule(data=st.data(), cost=st.floats(0, 10), uses=st.integers(0, 5))
+    def retire(self, data: st.DataObject, cost: float, uses: int) -> None:
         key = data.draw(st.sampled_from(sorted(self.in_use)), "key")
         pages = self.idle[key] = self.in_use.pop(key)
-        self.pool.retire(key, pages, cost, reuses, lambda: self._forget(key))
+        self.pool.retire(key, pages, cost, uses, lambda: self._forget(key))
 
     @precondition(lambda self: self.idle)
     @rule(data=st.data())
@@ -229,15 +229,15 @@ def test_what_is_cheapest_to_have_back_leaves_first_whatever_it_is() -> None:
     pool = PagePool(6)
     gone: list[str] = []
     worth = {"a prefix": (1.0, 3), "an adapter": (8.0, 1), "another prefix": (1.0, 1)}
-    for key, (cost, reuses) in worth.items():
-        pool.retire(key, pool.allocate(2), cost, reuses, lambda key=key: gone.append(key))
+    for key, (cost, uses) in worth.items():
+        pool.retire(key, pool.allocate(2), cost, uses, lambda key=key: gone.append(key))
     pool.allocate(1)
     assert gone == ["another prefix"]
     pool.allocate(5)
     assert gone == ["another prefix", "a prefix", "an adapter"]
 
 
-def test_what_was_used_once_leaves_before_what_is_used_again_and_again() -> None:
+def test_what_nobody_used_again_leaves_first_whatever_it_costs() -> None:
     """A prompt that nobody sends again costs more to have back than an adapter, but nobody will."""
     pool = PagePool(4)
     gone: list[str] = []
