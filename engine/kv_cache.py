@@ -30,9 +30,9 @@ class CachedBlock:
     hash: bytes
     # Whose it is: it falls with any of these versions.
     adapters: Shares
-    # How often another sequence found it. Whoever made it does not count: most prompts are sent once,
-    # and counted they outlived adapters that everybody uses (with room for 20 adapters and traffic
-    # over 20, every second request had to load its own).
+    # How often another sequence found it. Whoever made it does not count: most prompts are sent
+    # once, and counted they outlived adapters that everybody uses (with room for 20 adapters and
+    # traffic over 20, every second request had to load its own).
     hits: int = 0
 
 

@@ -165,7 +165,7 @@ def _post(
     import httpx
 
     if not url.startswith(("http://", "https://")):
-        raise PushError(f"--url: {url!r} has no scheme: write http://{url}.")
+        raise PushError(f"--url: {url!r} is no HTTP address: write http://HOST:PORT.")
     # Clients of OpenAI's API have the /v1 in their base URL.
     base = url.rstrip("/").removesuffix("/v1")
     try:

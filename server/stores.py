@@ -52,8 +52,8 @@ def find_adapter(name: str, settings: ServerSettings) -> AdapterRef:
             ref = store.resolve(name)
         except UnknownAdapterError:
             raise UnknownAdapterError(
-                f"There is no folder {name!r}, nor an adapter of this id: `polydelta adapters list` "
-                "shows the ids; --store says where uploads lie."
+                f"There is no folder {name!r}, nor an adapter of this id: `polydelta adapters "
+                "list` shows the ids; --store says where uploads lie."
             ) from None
         if ref.digest is not None:
             store.content.fetch(ref.digest)

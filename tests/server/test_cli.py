@@ -129,6 +129,16 @@ def test_generate_opens_the_store_only_for_an_adapter(run, tmp_path):
     assert "--store" in err
 
 
+def test_inspect_takes_an_id_and_says_when_there_is_none(run):
+    code, out, _ = run("adapters", "inspect", "iso-date")
+    assert code == 0
+    assert "q_proj: 30" in out
+    code, _, err = run("adapters", "inspect", "nobody@3")
+    assert code == 1
+    assert "no folder 'nobody@3'" in err
+    assert "--store" in err
+
+
 def test_adapters_list_shows_uploads_beside_folders(run, tmp_path):
     store = AdapterStore(StoreConfig(tmp_path / "store"), FolderCatalog([]))
     record = AdapterRecord(

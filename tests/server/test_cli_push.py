@@ -176,12 +176,21 @@ def test_a_refusal_is_one_line_and_code_1(
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nowhere", "http://[", "ftp://x"])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://["])
 def test_a_server_that_is_not_there_is_said_to_be(run: Run, folder: Path, url: str) -> None:
     code, _, err = run(folder, "--id", "x", "--url", url)
     assert code == 1
     assert "does not answer" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("url", ["nowhere", "127.0.0.1:8000", "ftp://x"])
+def test_a_url_that_is_not_http_is_refused_with_the_remedy(
+    run: Run, folder: Path, url: str
+) -> None:
+    code, _, err = run(folder, "--id", "x", "--url", url)
+    assert code == 1
+    assert "write http://" in err
 
 
 def test_what_cannot_be_sent_is_refused_before_it_is_tried(run: Run, folder: Path) -> None:

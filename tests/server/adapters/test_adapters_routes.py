@@ -293,6 +293,9 @@ def test_the_list_is_filtered_by_labels_and_kind(
     assert ids(client, label="team:y") == []
     assert ids(client, kind="LowRank") == ["a", "b", "c"]
     assert ids(client, kind="Sparse") == []
+    unknown = client.get("/v1/adapters", params={"kind": "SHIRA"})
+    assert unknown.status_code == 400
+    assert "LowRank, Sparse" in unknown.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
