@@ -6,16 +6,13 @@ import logging
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import (
-    JSON,
     URL,
-    BigInteger,
     Engine,
     Select,
-    String,
     case,
     create_engine,
     delete,
@@ -31,87 +28,26 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
     StatementError,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 
+from polydelta.adapters_store.catalog_tables import (
+    SCHEMA,
+    SCHEMA_TABLE,
+    AdapterRow,
+    Base,
+    SchemaRow,
+    VersionRow,
+    to_row,
+)
 from polydelta.adapters_store.errors import StoreError, UnknownAdapterError
 from polydelta.adapters_store.records import (
-    AdapterFacts,
     AdapterRecord,
-    Part,
     Source,
     VersionState,
 )
 
 logger = logging.getLogger(__name__)
-
-# Changes with the tables; a database that was made by another one is not touched.
-SCHEMA = 1
-
-# In the order of code points, as Python sorts, whatever the database's language.
-_ID = String(128).with_variant(String(128, collation="C"), "postgresql")
-
-_SCHEMA = "polydelta_schema"
-
-
-class _Base(DeclarativeBase):
-    pass
-
-
-class _Schema(_Base):
-    __tablename__ = _SCHEMA
-
-    number: Mapped[int] = mapped_column(primary_key=True)
-
-
-class _Adapter(_Base):
-    """Stays when the versions go: a version number is never given twice."""
-
-    __tablename__ = "polydelta_adapters"
-
-    id: Mapped[str] = mapped_column(_ID, primary_key=True)
-    last_version: Mapped[int]
-
-
-class _Version(_Base):
-    __tablename__ = "polydelta_versions"
-
-    id: Mapped[str] = mapped_column(_ID, primary_key=True)
-    version: Mapped[int] = mapped_column(primary_key=True)
-    digest: Mapped[str] = mapped_column(String(64), index=True)
-    format: Mapped[str] = mapped_column(String(32))
-    kinds: Mapped[list[str]] = mapped_column(JSON)
-    rank: Mapped[int]
-    modules: Mapped[int]
-    nbytes: Mapped[int] = mapped_column(BigInteger)
-    base: Mapped[str] = mapped_column(String(64))
-    created: Mapped[float]
-    source: Mapped[str] = mapped_column(String(16))
-    labels: Mapped[dict[str, str]] = mapped_column(JSON)
-    state: Mapped[str] = mapped_column(String(16), index=True)
-    pinned: Mapped[bool]
-    uses: Mapped[int] = mapped_column(BigInteger)
-    last_used: Mapped[float | None]
-    parts: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
-
-    def record(self) -> AdapterRecord:
-        return AdapterRecord(
-            id=self.id,
-            version=self.version,
-            digest=self.digest,
-            facts=AdapterFacts(
-                self.format, tuple(self.kinds), self.rank, self.modules, self.nbytes
-            ),
-            base=self.base,
-            created=self.created,
-            source=Source(self.source),
-            labels=self.labels,
-            state=VersionState(self.state),
-            pinned=self.pinned,
-            uses=self.uses,
-            last_used=self.last_used,
-            parts=tuple(Part(**part) for part in self.parts),
-        )
 
 
 class Catalog:
@@ -153,37 +89,37 @@ class Catalog:
     def newest(self, adapter_id: str) -> AdapterRecord | None:
         """The newest ready version."""
         query = (
-            select(_Version)
-            .where(_Version.id == adapter_id, _Version.state == VersionState.READY.value)
-            .order_by(_Version.version.desc())
+            select(VersionRow)
+            .where(VersionRow.id == adapter_id, VersionRow.state == VersionState.READY.value)
+            .order_by(VersionRow.version.desc())
             .limit(1)
         )
         return next(iter(self._records(query)), None)
 
     def find(self, adapter_id: str, version: int) -> AdapterRecord | None:
-        query = select(_Version).where(_Version.id == adapter_id, _Version.version == version)
+        query = select(VersionRow).where(VersionRow.id == adapter_id, VersionRow.version == version)
         return next(iter(self._records(query)), None)
 
     def versions(self, adapter_id: str) -> list[AdapterRecord]:
         """All versions, oldest first."""
         return self._records(
-            select(_Version).where(_Version.id == adapter_id).order_by(_Version.version)
+            select(VersionRow).where(VersionRow.id == adapter_id).order_by(VersionRow.version)
         )
 
     def knows(self, adapter_id: str) -> bool:
         """Whether the id was ever given a version here, gone ones included."""
         with self._session() as session:
-            return session.get(_Adapter, adapter_id) is not None
+            return session.get(AdapterRow, adapter_id) is not None
 
     def known(self) -> set[str]:
         """All ids that `knows` knows."""
         with self._session() as session:
-            return set(session.scalars(select(_Adapter.id)))
+            return set(session.scalars(select(AdapterRow.id)))
 
     def ready(self) -> set[str]:
         """Ids that have a ready version."""
         with self._session() as session:
-            query = select(_Version.id).where(_Version.state == VersionState.READY.value)
+            query = select(VersionRow.id).where(VersionRow.state == VersionState.READY.value)
             return set(session.scalars(query.distinct()))
 
     def page(
@@ -195,47 +131,51 @@ class Catalog:
     ) -> list[AdapterRecord]:
         """Newest ready versions by id, those whose id comes after `after`; at most `limit`."""
         newest = (
-            select(_Version.id, func.max(_Version.version).label("version"))
-            .where(_Version.state == VersionState.READY.value, _Version.id > after)
-            .group_by(_Version.id)
+            select(VersionRow.id, func.max(VersionRow.version).label("version"))
+            .where(VersionRow.state == VersionState.READY.value, VersionRow.id > after)
+            .group_by(VersionRow.id)
             .subquery()
         )
         query = (
-            select(_Version)
-            .join(newest, (_Version.id == newest.c.id) & (_Version.version == newest.c.version))
-            .order_by(_Version.id)
+            select(VersionRow)
+            .join(newest, (VersionRow.id == newest.c.id) & (VersionRow.version == newest.c.version))
+            .order_by(VersionRow.id)
         )
         for key, value in labels.items():
-            query = query.where(_Version.labels[key].as_string() == value)
+            query = query.where(VersionRow.labels[key].as_string() == value)
         if kind is None:
             return self._records(query.limit(limit))
         # A version has few kinds; databases differ in how they look into a list.
         return [r for r in self._records(query) if kind in r.facts.kinds][:limit]
 
     def in_state(self, state: VersionState) -> list[AdapterRecord]:
-        return self._records(select(_Version).where(_Version.state == state.value))
+        return self._records(select(VersionRow).where(VersionRow.state == state.value))
 
     def pinned(self) -> list[AdapterRecord]:
-        ready = _Version.state == VersionState.READY.value
-        return self._records(select(_Version).where(_Version.pinned, ready))
+        ready = VersionRow.state == VersionState.READY.value
+        return self._records(select(VersionRow).where(VersionRow.pinned, ready))
 
     def compositions(self) -> list[AdapterRecord]:
-        return self._records(select(_Version).where(_Version.source == Source.COMPOSITION.value))
+        return self._records(
+            select(VersionRow).where(VersionRow.source == Source.COMPOSITION.value)
+        )
 
     def digests(self) -> set[str]:
         """Contents that some version has."""
         with self._session() as session:
-            return set(session.scalars(select(_Version.digest).distinct()))
+            return set(session.scalars(select(VersionRow.digest).distinct()))
 
     def has_digest(self, digest: str) -> bool:
         with self._session() as session:
-            query = select(_Version.id).where(_Version.digest == digest).limit(1)
+            query = select(VersionRow.id).where(VersionRow.digest == digest).limit(1)
             return session.scalar(query) is not None
 
     def total_bytes(self) -> int:
         """Of all contents, each counted once."""
         each = (
-            select(func.max(_Version.nbytes).label("nbytes")).group_by(_Version.digest).subquery()
+            select(func.max(VersionRow.nbytes).label("nbytes"))
+            .group_by(VersionRow.digest)
+            .subquery()
         )
         with self._session() as session:
             return int(session.scalar(select(func.sum(each.c.nbytes))) or 0)
@@ -244,7 +184,7 @@ class Catalog:
         """Sets `state`, `pinned` or `labels`. Raises UnknownAdapterError."""
         gone = UnknownAdapterError(f"There is no adapter '{adapter_id}@{version}' any more.")
         with self._session() as session, session.begin():
-            row = session.get(_Version, (adapter_id, version))
+            row = session.get(VersionRow, (adapter_id, version))
             if row is None:
                 raise gone
             for name, value in values.items():
@@ -261,40 +201,40 @@ class Catalog:
             # In an order, so that two processes do not wait for each other's rows.
             for adapter_id, version, count, when in sorted(uses):
                 session.execute(
-                    update(_Version)
-                    .where(_Version.id == adapter_id, _Version.version == version)
-                    .values(uses=_Version.uses + count, last_used=when)
+                    update(VersionRow)
+                    .where(VersionRow.id == adapter_id, VersionRow.version == version)
+                    .values(uses=VersionRow.uses + count, last_used=when)
                 )
 
     def remove(self, adapter_id: str, versions: Sequence[int]) -> None:
         with self._session() as session, session.begin():
             session.execute(
-                delete(_Version).where(
-                    _Version.id == adapter_id, _Version.version.in_(list(versions))
+                delete(VersionRow).where(
+                    VersionRow.id == adapter_id, VersionRow.version.in_(list(versions))
                 )
             )
 
     def _add(self, record: AdapterRecord, at_least: int) -> AdapterRecord:
         with self._session() as session, session.begin():
-            following = _Adapter.last_version + 1
+            following = AdapterRow.last_version + 1
             # Written before it is read, so that others wait here until this one has its number.
             version = session.scalar(
-                update(_Adapter)
-                .where(_Adapter.id == record.id)
+                update(AdapterRow)
+                .where(AdapterRow.id == record.id)
                 .values(last_version=case((following > at_least, following), else_=at_least))
-                .returning(_Adapter.last_version)
+                .returning(AdapterRow.last_version)
                 .execution_options(synchronize_session=False)
             )
             if version is None:
                 version = at_least
-                session.add(_Adapter(id=record.id, last_version=version))
+                session.add(AdapterRow(id=record.id, last_version=version))
             added = replace(record, version=version)
-            session.add(_row(added))
+            session.add(to_row(added))
         return added
 
     def _records(self, query: Select[Any]) -> list[AdapterRecord]:
         with self._session() as session:
-            rows: Iterable[_Version] = session.scalars(query)
+            rows: Iterable[VersionRow] = session.scalars(query)
             return [row.record() for row in rows]
 
     def _session(self) -> Session:
@@ -312,17 +252,19 @@ class Catalog:
 
     def _make_missing_tables(self) -> None:
         with Session(self._engine) as session, session.begin():
-            _Base.metadata.create_all(session.connection(), tables=[_Base.metadata.tables[_SCHEMA]])
-            numbers = list(session.scalars(select(_Schema.number)))
+            Base.metadata.create_all(
+                session.connection(), tables=[Base.metadata.tables[SCHEMA_TABLE]]
+            )
+            numbers = list(session.scalars(select(SchemaRow.number)))
             if numbers not in ([], [SCHEMA]):
                 raise StoreError(
                     "The catalog was made by another version of PolyDelta (schema "
                     f"{numbers[-1]}, this one reads {SCHEMA}): use that version, or another "
                     "catalog."
                 )
-            _Base.metadata.create_all(session.connection())
+            Base.metadata.create_all(session.connection())
             if not numbers:
-                session.add(_Schema(number=SCHEMA))
+                session.add(SchemaRow(number=SCHEMA))
 
 
 class _CatalogSession(Session):
@@ -334,29 +276,6 @@ class _CatalogSession(Session):
             # A driver names the host and the user, which are no client's business.
             logger.error("the catalog does not answer: %s", _reason(error))
             raise StoreError("The catalog does not answer; see the server's log.") from error
-
-
-def _row(record: AdapterRecord) -> _Version:
-    facts = record.facts
-    return _Version(
-        id=record.id,
-        version=record.version,
-        digest=record.digest,
-        format=facts.format,
-        kinds=list(facts.kinds),
-        rank=facts.rank,
-        modules=facts.modules,
-        nbytes=facts.nbytes,
-        base=record.base,
-        created=record.created or time.time(),
-        source=record.source.value,
-        labels=dict(record.labels),
-        state=record.state.value,
-        pinned=record.pinned,
-        uses=record.uses,
-        last_used=record.last_used,
-        parts=[asdict(part) for part in record.parts],
-    )
 
 
 def _connect(url: str | URL) -> Engine:

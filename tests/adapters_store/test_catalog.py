@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, text
 
-from polydelta.adapters_store.catalog import SCHEMA, Catalog
+from polydelta.adapters_store.catalog import Catalog
+from polydelta.adapters_store.catalog_tables import SCHEMA
 from polydelta.adapters_store.errors import StoreError, UnknownAdapterError
 from polydelta.adapters_store.records import (
     AdapterFacts,
