@@ -59,8 +59,8 @@ class LocalContent:
                 # File by file, so that none is missing at any time.
                 for name in FILES:
                     os.replace(staged / name, folder / name)
-            _sync(folder)
-            _sync(self._root)
+            sync(folder)
+            sync(self._root)
         except OSError as error:
             raise _failed("written", error) from None
 
@@ -178,9 +178,10 @@ def _is_whole(folder: Path, digest: str) -> bool:
         return False
 
 
-def _sync(folder: Path) -> None:
-    """Makes renames in a folder last through a crash of the machine."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes what was written to a file, or the renames in a folder, last through a crash of the
+    machine. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+from polydelta.adapters_store.content import sync
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.files import (
     folder_digest,
@@ -154,7 +155,7 @@ class StagedUpload:
         parse_config(read_config_bytes(adapter))
         read_shapes(adapter)
         for path in (*(adapter / name for name in KEPT), adapter):
-            _sync(path)
+            sync(path)
         return StagedAdapter(
             folder=adapter,
             digest=folder_digest(adapter),
@@ -192,14 +193,6 @@ class StagedUpload:
 def _head(path: Path) -> bytes:
     with open(path, "rb") as file:
         return file.read(HEAD_BYTES)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _unreadable(what: str, error: OSError) -> str:
