@@ -1,8 +1,7 @@
 """The delta algebra: what a fine-tuned variant changes in the base model.
 
 A format (PEFT LoRA, SHiRA, ...) is a parser from files to these kinds; the engine and the kernels
-know only the kinds. For a target linear layer `y = W x + b`, W of shape `[out, in]`, a delta is a
-change `dW` that is applied unmerged: `y += dW x`.
+know only the kinds.
 """
 
 from __future__ import annotations
@@ -10,65 +9,59 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from polydelta.adapters_store.linear_deltas import (
+    Bias,
+    Circulant,
+    Columns,
+    Dense,
+    Kronecker,
+    LinearDelta,
+    LowRank,
+    Matrix,
+    OneBit,
+    Rotate,
+    Rows,
+    Scale,
+    Side,
+    Sparse,
+    TopK,
+)
+from polydelta.adapters_store.model_deltas import (
+    Invocation,
+    ModelDelta,
+    NormWeight,
+    Prefix,
+    Prompt,
+    TokenRows,
+)
 
-from polydelta.adapters_store.delta_kinds import LOW_RANK, SPARSE
+__all__ = [
+    "Adapter",
+    "Bias",
+    "Circulant",
+    "Columns",
+    "Delta",
+    "Dense",
+    "Invocation",
+    "Kronecker",
+    "LinearDelta",
+    "LowRank",
+    "Matrix",
+    "ModelDelta",
+    "NormWeight",
+    "OneBit",
+    "Prefix",
+    "Prompt",
+    "Rotate",
+    "Rows",
+    "Scale",
+    "Side",
+    "Sparse",
+    "TokenRows",
+    "TopK",
+]
 
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """`dW = B @ A`; the adapter's scale is folded into B when the file is read."""
-
-    # [rank, in]
-    a: Tensor
-    # [out, rank]
-    b: Tensor
-
-    kind = LOW_RANK
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.b.shape[0], self.a.shape[1]
-
-    def dense(self) -> Tensor:
-        """The change as a full matrix, `[out, in]`."""
-        return self.b @ self.a
-
-
-@dataclass(frozen=True, eq=False)
-class Sparse:
-    """`dW` is zero but for given entries, kept in CSR form; columns ascend within a row."""
-
-    shape: tuple[int, int]
-    # [out + 1], int32: entries of row i are row_pointers[i] : row_pointers[i + 1]
-    row_pointers: Tensor
-    # [nnz], int32
-    columns: Tensor
-    # [nnz]
-    values: Tensor
-
-    kind = SPARSE
-
-    @property
-    def nnz(self) -> int:
-        return self.values.shape[0]
-
-    def dense(self) -> Tensor:
-        """The change as a full matrix, `[out, in]`."""
-        rows = torch.repeat_interleave(
-            torch.arange(self.shape[0]), self.row_pointers.diff().to(torch.int64)
-        )
-        dense = torch.zeros(self.shape, dtype=self.values.dtype)
-        dense[rows, self.columns.to(torch.int64)] = self.values
-        return dense
-
-
-Delta = LowRank | Sparse
+Delta = LinearDelta | ModelDelta
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +76,7 @@ class Adapter:
     digest: str
     # The format it was read from, e.g. "LORA" or "SHIRA".
     format: str
-    # Full module path -> the deltas of that linear layer.
+    # Full module path -> the deltas of that module; what concerns no single one is under "model".
     modules: Mapping[str, tuple[Delta, ...]]
 
     @property
@@ -92,8 +85,11 @@ class Adapter:
 
     @property
     def max_rank(self) -> int:
-        """The largest rank of a low-rank delta in it; 0 when there is none."""
+        """The largest rank of a delta in it; 0 when none has one."""
         ranks = [
-            d.rank for deltas in self.modules.values() for d in deltas if isinstance(d, LowRank)
+            d.rank
+            for deltas in self.modules.values()
+            for d in deltas
+            if isinstance(d, LowRank | TopK)
         ]
         return max(ranks, default=0)

@@ -14,13 +14,14 @@ import torch
 
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.formats import read_adapter
+from polydelta.adapters_store.packed import PackedAdapter
 from polydelta.adapters_store.packed_file import (
     UnreadableFileError,
     packed_digest,
     read_packed,
     write_packed,
 )
-from polydelta.adapters_store.packing import PackedAdapter, pack
+from polydelta.adapters_store.packing import pack
 from polydelta.adapters_store.reference import AdapterRef
 
 logger = logging.getLogger(__name__)

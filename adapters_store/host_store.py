@@ -7,8 +7,8 @@ from collections import OrderedDict
 from concurrent.futures import Future
 
 from polydelta.adapters_store.disk_tier import AdapterLoader
+from polydelta.adapters_store.packed import PackedAdapter
 from polydelta.adapters_store.packed_file import in_memory
-from polydelta.adapters_store.packing import PackedAdapter
 from polydelta.adapters_store.reference import AdapterRef
 
 

@@ -16,9 +16,12 @@ from polydelta.adapters_store.formats.files import (
     read_config_bytes,
     read_shapes,
 )
+from polydelta.adapters_store.formats.modules import outline_adapter
 from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import parse_config
+from polydelta.adapters_store.formats.quantized import plain_shapes
 from polydelta.adapters_store.formats.registry import format_of
+from polydelta.adapters_store.formats.servable import check_served
 from polydelta.adapters_store.reference import AdapterRef, signature
 
 
@@ -42,7 +45,7 @@ class AdapterSummary:
 
     @property
     def modules(self) -> int:
-        """How many linear layers it changes."""
+        """How many modules it changes."""
         return sum(self.modules_by_name.values())
 
     @cached_property
@@ -64,8 +67,10 @@ def inspect(path: Path, layout: BaseLayout | None = None) -> AdapterSummary:
     modules: dict[str, ModuleOutline] = {}
     try:
         config = parse_config(read_config_bytes(path))
-        name, parser = format_of(config)
-        modules = parser.outline(config, read_shapes(path))
+        # Known even where the outline raises.
+        name, _ = format_of(config)
+        _, modules = outline_adapter(*plain_shapes(config, read_shapes(path)))
+        check_served(name, (kind for module in modules.values() for kind in module.kinds))
         if layout is not None:
             read_adapter(AdapterRef(adapter_id, 1, path), layout)
     except InvalidAdapterError as error:
@@ -74,7 +79,7 @@ def inspect(path: Path, layout: BaseLayout | None = None) -> AdapterSummary:
         id=adapter_id,
         path=path,
         format=name,
-        kinds=tuple(sorted({module.kind for module in modules.values()})),
+        kinds=tuple(sorted({kind for module in modules.values() for kind in module.kinds})),
         ranks=tuple(sorted({module.rank for module in modules.values()} - {0})),
         modules_by_name=Counter(module.rpartition(".")[2] for module in sorted(modules)),
         bytes=sum(file[1] for file in signature(path) if file is not None),

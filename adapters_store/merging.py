@@ -7,20 +7,20 @@ some tools offer too, have cross terms that none of the adapters was trained wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from polydelta.adapters_store.delta import Adapter, Delta, LowRank, Sparse
+from polydelta.adapters_store.delta import Adapter, Delta, LowRank, Matrix, Sparse
 from polydelta.adapters_store.errors import CompositionError
 from polydelta.adapters_store.merge_recipe import Election, MergeRecipe
 
 # An adapter, and the weight that it enters with; a negative one takes its change away.
 Source = tuple[Adapter, float]
 # What one adapter does to one module, and the adapter's weight.
-Weighted = tuple[tuple[Delta, ...], float]
+Weighted = tuple[tuple[Matrix, ...], float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,8 @@ def merge(
         raise CompositionError("adapters: there is none to merge; name one at least.")
     kinds = _kinds(sources)
     rank = recipe.rank
-    if rank is None and len(kinds) > 1 and not recipe.method.thins:
+    exact = kinds in ([LowRank.kind], [Sparse.kind])
+    if rank is None and not exact and not recipe.method.thins:
         raise CompositionError(
             f"rank is not given, and no adapter file holds the exact sum of {' and '.join(kinds)} "
             "changes: give a rank to write the nearest low-rank adapter, or let the server add "
@@ -91,7 +92,9 @@ def merge(
     generator = torch.Generator().manual_seed(recipe.seed)
     by_module: dict[str, MergedModule] = {}
     for name in names:
-        changes = [(a.modules[name], weight) for a, weight in sources if name in a.modules]
+        changes = [
+            (_matrices(a.modules[name]), weight) for a, weight in sources if name in a.modules
+        ]
         by_module[name] = _merge_module(name, changes, recipe, rank, generator)
         if progress is not None:
             progress(len(by_module), len(names))
@@ -104,13 +107,19 @@ def _kinds(sources: Sequence[Source]) -> list[str]:
     for adapter, _ in sources:
         for deltas in adapter.modules.values():
             for delta in deltas:
-                if not isinstance(delta, LowRank | Sparse):
+                if not isinstance(delta, Matrix):
                     raise CompositionError(
                         f"adapters: {adapter.id!r} has deltas of kind {delta.kind}, which cannot "
-                        f"be merged (only {LowRank.kind} and {Sparse.kind} can): leave it out."
+                        "be merged, because it is no matrix that is added to a weight: leave it "
+                        "out."
                     )
                 kinds.add(delta.kind)
     return sorted(kinds)
+
+
+def _matrices(deltas: Iterable[Delta]) -> tuple[Matrix, ...]:
+    """All of them, as `_kinds` has checked."""
+    return tuple(delta for delta in deltas if isinstance(delta, Matrix))
 
 
 def _merge_module(
@@ -126,7 +135,8 @@ def _merge_module(
         )
     low_rank = [(d, w) for deltas, w in changes for d in deltas if isinstance(d, LowRank)]
     sparse = [(d, w) for deltas, w in changes for d in deltas if isinstance(d, Sparse)]
-    if not recipe.method.thins and not sparse:
+    others = len(low_rank) + len(sparse) < sum(len(deltas) for deltas, _ in changes)
+    if not recipe.method.thins and not sparse and not others:
         joined = _side_by_side(low_rank)
         return MergedModule(joined) if rank is None else _reduced(name, joined, rank)
     if not recipe.method.thins and rank is None:
@@ -217,7 +227,7 @@ def _truncated(name: str, matrix: Tensor, rank: int) -> tuple[LowRank, float, fl
     return factors, float(singular.norm()), float(singular[rank:].norm())
 
 
-def _dense(deltas: Sequence[Delta]) -> Tensor:
+def _dense(deltas: Sequence[Matrix]) -> Tensor:
     total = deltas[0].dense()
     for delta in deltas[1:]:
         total = total + delta.dense()

@@ -1,7 +1,7 @@
 """The packed form of an adapter as a file, so that loading it again is one sequential read.
 
     magic | sha256 of the header | length of the header (8 bytes, little-endian) | header (JSON)
-    padding | layers
+    padding | layers | prefix
 
 A layer starts at a multiple of ALIGNMENT, as its tensors do within it. Layers whose tensors lie
 alike share one description. The file is a cache of what `packing.pack` makes: written whole or not
@@ -18,31 +18,32 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from io import BufferedReader
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from polydelta.adapters_store.packing import (
+from polydelta.adapters_store.packed import (
     ALIGNMENT,
     LowRankBlock,
     PackedAdapter,
+    PackedDelta,
     PackedLayer,
-    PackedLowRank,
     PackedMatrix,
-    PackedSparse,
+    PackedPrefix,
     PackedVector,
 )
 
 # The digit changes with the layout of the file or of what is packed.
-MAGIC = b"polydelta-packed-2\n"
+MAGIC = b"polydelta-packed-3\n"
 
 _TYPES = {
     kind.__name__: kind
-    for kind in (LowRankBlock, PackedLowRank, PackedMatrix, PackedSparse, PackedVector)
+    for kind in (LowRankBlock, PackedMatrix, PackedVector, *get_args(PackedDelta))
 }
 
 
@@ -59,8 +60,14 @@ def write_packed(packed: PackedAdapter, path: Path) -> None:
         if layout not in layouts:
             layouts.append(layout)
         layers.append({"nbytes": layer.data.numel(), "layout": layouts.index(layout)})
-    dtype = _encode(packed.dtype)
-    content = {"digest": packed.digest, "dtype": dtype, "layouts": layouts, "layers": layers}
+    content = {
+        "digest": packed.digest,
+        "dtype": _encode(packed.dtype),
+        "layouts": layouts,
+        "layers": layers,
+        "prefix": None if packed.prefix is None else list(packed.prefix.values.shape),
+        "invocation": list(packed.invocation),
+    }
     header = json.dumps(content, separators=(",", ":")).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
@@ -71,6 +78,8 @@ def write_packed(packed: PackedAdapter, path: Path) -> None:
             file.write(bytes(-file.tell() % ALIGNMENT))
             for layer in packed.layers:
                 file.write(layer.data.numpy().data)
+            if packed.prefix is not None:
+                file.write(_bytes(packed.prefix.values).numpy().data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
@@ -86,11 +95,17 @@ def read_packed(path: Path) -> PackedAdapter:
     # instead of 79; and a mapped file that somebody cuts short would kill the process.
     with _reading(path) as file:
         header = _read_header(file)
-        memory = _memory(sum(header.sizes))
+        memory = _memory(header.nbytes)
         if file.readinto(memory.numpy().data) != memory.numel():
             raise ValueError("cut short while it was read")
-        layers = tuple(map(PackedLayer, memory.split(header.sizes), header.deltas))
-        return PackedAdapter(header.digest, header.dtype, layers)
+        *layers, prefix = memory.split([*header.sizes, header.prefix_bytes])
+        return PackedAdapter(
+            header.digest,
+            header.dtype,
+            tuple(map(PackedLayer, layers, header.deltas)),
+            _prefix(prefix, header.dtype, header.prefix),
+            header.invocation,
+        )
 
 
 def packed_digest(path: Path) -> str:
@@ -103,17 +118,24 @@ def packed_digest(path: Path) -> str:
 def in_memory(packed: PackedAdapter, pin: bool = False) -> PackedAdapter:
     """The same adapter in one piece of memory, as it may be already; page-locked with `pin`, so
     that a GPU copies it without waiting."""
-    if not pin and len({layer.data.untyped_storage().data_ptr() for layer in packed.layers}) == 1:
+    prefix = packed.prefix
+    pieces = [layer.data for layer in packed.layers]
+    if prefix is not None:
+        pieces.append(_bytes(prefix.values))
+    if not pin and len({piece.untyped_storage().data_ptr() for piece in pieces}) == 1:
         return packed
-    sizes = [layer.data.numel() for layer in packed.layers]
+    sizes = [piece.numel() for piece in pieces]
     total = sum(sizes)
     memory = torch.empty(total, dtype=torch.uint8, pin_memory=True) if pin else _memory(total)
-    layers = []
-    for data, layer in zip(memory.split(sizes), packed.layers, strict=True):
+    copies = memory.split(sizes)
+    for copy, piece in zip(copies, pieces, strict=True):
         # By numpy and not by torch: torch's copy would start a team of OpenMP threads here.
-        data.numpy()[:] = layer.data.numpy()
-        layers.append(PackedLayer(data, layer.deltas))
-    return PackedAdapter(packed.digest, packed.dtype, tuple(layers))
+        copy.numpy()[:] = piece.numpy()
+    deltas = (layer.deltas for layer in packed.layers)
+    # The prefix is what is left over, where there is one.
+    layers = map(PackedLayer, copies, deltas)
+    shape = None if prefix is None else tuple(prefix.values.shape)
+    return replace(packed, layers=tuple(layers), prefix=_prefix(copies[-1], packed.dtype, shape))
 
 
 def _memory(nbytes: int) -> Tensor:
@@ -131,6 +153,18 @@ def _memory(nbytes: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
+def _bytes(values: Tensor) -> Tensor:
+    """values: contiguous."""
+    return values.flatten().view(torch.uint8)
+
+
+def _prefix(
+    memory: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None
+) -> PackedPrefix | None:
+    """memory: its bytes, [nbytes] uint8."""
+    return None if shape is None else PackedPrefix(memory.view(dtype).view(shape))
+
+
 @dataclass(frozen=True)
 class _Header:
     """What a file says of its layers."""
@@ -140,6 +174,17 @@ class _Header:
     # In bytes, and how its tensors lie, of each layer.
     sizes: list[int]
     deltas: list[Any]
+    # Shape of the prefix's values.
+    prefix: tuple[int, ...] | None
+    invocation: tuple[int, ...]
+
+    @property
+    def prefix_bytes(self) -> int:
+        return 0 if self.prefix is None else prod(self.prefix) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.sizes) + self.prefix_bytes
 
 
 @contextlib.contextmanager
@@ -162,12 +207,18 @@ def _read_header(file: BufferedReader) -> _Header:
         raise ValueError("the header is damaged")
     file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)
     content = _decode(json.loads(header))
-    sizes = [layer["nbytes"] for layer in content["layers"]]
+    result = _Header(
+        content["digest"],
+        content["dtype"],
+        [layer["nbytes"] for layer in content["layers"]],
+        [content["layouts"][layer["layout"]] for layer in content["layers"]],
+        content["prefix"],
+        content["invocation"],
+    )
     left = os.fstat(file.fileno()).st_size - file.tell()
-    if left != sum(sizes):
-        raise ValueError(f"{left} bytes of data instead of {sum(sizes)}")
-    deltas = [content["layouts"][layer["layout"]] for layer in content["layers"]]
-    return _Header(content["digest"], content["dtype"], sizes, deltas)
+    if left != result.nbytes:
+        raise ValueError(f"{left} bytes of data instead of {result.nbytes}")
+    return result
 
 
 def _encode(value: Any) -> Any:

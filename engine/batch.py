@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from polydelta.kernels.ops import SequenceSlice
 
 @dataclass(frozen=True)
 class AdapterRows:
-    """Rows of the flat batch whose requests use the same adapters: start : stop."""
+    """Rows that the same adapters act on: start : stop."""
 
     start: int
     stop: int
@@ -31,33 +30,43 @@ class Batch:
     scheduled: Sequence[ScheduledSequence]
     # [tokens] int64
     tokens: Tensor
-    # [tokens] int64
+    # [tokens] int64; virtual tokens have the positions before a sequence's first token
     positions: Tensor
     # [tokens] int64: page * block_size + place, where each token's KV goes
     slots: Tensor
     slices: Sequence[SequenceSlice]
+    # (from, to): pages whose KV is copied in every layer before the step stores its own.
+    page_copies: Sequence[tuple[int, int]]
+    # Of the flat batch. In none of them: rows of the bare base, and those of a sequence before
+    # the token from which its adapter acts.
     adapter_rows: Sequence[AdapterRows]
     # [samples] int64: the last row of each sequence that a token is sampled for
     sample_rows: Tensor
+    # As `adapter_rows`, but of the rows that `sample_rows` selects.
+    sample_adapter_rows: Sequence[AdapterRows]
     # The sequences of `sample_rows`, in their order.
     sampling: Sequence[ScheduledSequence]
 
 
 def build_batch(schedule: Schedule, block_size: int) -> Batch:
     ordered = sorted(schedule, key=_adapter_names)
+    sampling = [item for item in ordered if item.samples]
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     slices: list[SequenceSlice] = []
+    adapter_rows: list[AdapterRows] = []
     sample_rows: list[int] = []
     for item in ordered:
         sequence, first = item.sequence, len(tokens)
-        places = range(item.start, item.start + item.num_tokens)
-        tokens += sequence.token_ids[places.start : places.stop]
-        positions += places
-        pages = sequence.block_table
-        slots += [pages[p // block_size] * block_size + p % block_size for p in places]
-        slices.append(SequenceSlice(first, item.num_tokens, places.stop, pages))
+        virtual = sequence.num_prefix_tokens
+        tokens += sequence.token_ids[item.start : item.stop]
+        positions += range(virtual + item.start, virtual + item.stop)
+        slots += _slots(item, block_size)
+        pages = sequence.prefix_pages + sequence.block_table
+        slices.append(SequenceSlice(first, item.num_tokens, virtual + item.stop, pages))
+        acts_from = first + item.num_before_activation
+        adapter_rows.append(AdapterRows(acts_from, len(tokens), sequence.adapters))
         if item.samples:
             sample_rows.append(len(tokens) - 1)
     return Batch(
@@ -66,9 +75,15 @@ def build_batch(schedule: Schedule, block_size: int) -> Batch:
         torch.tensor(positions),
         torch.tensor(slots),
         slices,
-        _adapter_rows(ordered),
+        _page_copies(ordered),
+        _merged(adapter_rows),
         torch.tensor(sample_rows, dtype=torch.int64),
-        [item for item in ordered if item.samples],
+        _merged(
+            AdapterRows(row, row + 1, item.sequence.adapters)
+            for row, item in enumerate(sampling)
+            if item.num_before_activation < item.num_tokens
+        ),
+        sampling,
     )
 
 
@@ -76,12 +91,33 @@ def _adapter_names(item: ScheduledSequence) -> list[str]:
     return [share.name for share in item.sequence.adapters]
 
 
-def _adapter_rows(ordered: Sequence[ScheduledSequence]) -> list[AdapterRows]:
-    rows: list[AdapterRows] = []
-    start = 0
-    for adapters, items in groupby(ordered, lambda item: item.sequence.adapters):
-        stop = start + sum(item.num_tokens for item in items)
-        if adapters:
-            rows.append(AdapterRows(start, stop, adapters))
-        start = stop
-    return rows
+def _slots(item: ScheduledSequence, block_size: int) -> list[int]:
+    """Where the KV of each token goes: into the sequence's own pages, never its adapter's."""
+    pages = item.sequence.block_table
+    shift = item.sequence.num_prefix_tokens % block_size
+    places = range(shift + item.start, shift + item.stop)
+    return [pages[place // block_size] * block_size + place % block_size for place in places]
+
+
+def _page_copies(ordered: Iterable[ScheduledSequence]) -> list[tuple[int, int]]:
+    """For those who begin in this step: their adapter's last virtual tokens, where these do not
+    fill a page, into their own first page."""
+    return [
+        (item.sequence.prefix_rest, item.sequence.block_table[0])
+        for item in ordered
+        if item.start == 0 and item.sequence.prefix_rest is not None
+    ]
+
+
+def _merged(each: Iterable[AdapterRows]) -> list[AdapterRows]:
+    """Neighbours with the same adapters as one; without what is empty, or the bare base's."""
+    merged: list[AdapterRows] = []
+    for rows in each:
+        if rows.start == rows.stop or not rows.adapters:
+            continue
+        last = merged[-1] if merged else None
+        if last and (last.stop, last.adapters) == (rows.start, rows.adapters):
+            merged[-1] = replace(last, stop=rows.stop)
+        else:
+            merged.append(rows)
+    return merged

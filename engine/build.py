@@ -16,8 +16,9 @@ from polydelta.engine.config import EngineConfig
 from polydelta.engine.engine import Engine
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.kv_cache import KVCache
+from polydelta.engine.models.base_weights import checkpoint_layout
 from polydelta.engine.models.checkpoint import Checkpoint, open_checkpoint
-from polydelta.engine.models.decoder import Decoder, base_layout
+from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.models.errors import ModelError
 from polydelta.engine.models.weights import Weights
 from polydelta.engine.paged_kv import kv_page_bytes
@@ -76,11 +77,13 @@ def assemble(
             f"in each of {model.num_layers} layers: give it more memory."
         )
     max_model_len = _max_model_len(config, model.context_length, num_pages)
+    # Virtual tokens of adapters come on top of that; all tokens lie in the pool.
+    max_positions = min(model.context_length, num_pages * config.block_size)
     weights = Weights(
         checkpoint.tensors, dtype, lambda done, total: report("Loading weights", done, total)
     )
-    decoder = Decoder(model, weights, kernels, max_model_len, dtype)
-    layout = base_layout(model, checkpoint.id)
+    decoder = Decoder(model, weights, kernels, max_positions, dtype)
+    layout = checkpoint_layout(checkpoint, dtype)
     host = HostStore(
         make_loader(layout, dtype), config.host_adapter_bytes, pin=DEVICE.type == "cuda"
     )
@@ -88,8 +91,10 @@ def assemble(
 
     wake, costs, pool = threading.Event(), CostModel(), PagePool(num_pages)
     kv = KVCache(pool, config.block_size, costs, config.prefix_caching)
-    residency = Residency(pool, page_bytes, host, runner.bind_adapter, costs, wake.set)
-    limits = SchedulerLimits(config.max_batch_tokens, config.max_batch_size)
+    residency = Residency(
+        pool, page_bytes, config.block_size, host, runner.bind_adapter, costs, wake.set
+    )
+    limits = SchedulerLimits(config.max_batch_tokens, config.max_batch_size, max_positions)
     scheduler = Scheduler(limits, pool, kv, residency)
     return Engine(
         checkpoint.id,

@@ -32,8 +32,11 @@ class Detokenizer:
         self._length = 0
         self._held = ""
 
-    def push(self, token_id: int) -> TextStep:
-        """The effect of the next token: its text is empty while it is held back."""
+    def push(self, token_id: int, last: bool = False) -> TextStep:
+        """The effect of the next token: its text is empty while it is held back.
+
+        last: no token can follow, however many were asked for.
+        """
         params = self._params
         stops_here = token_id in params.stop_token_ids
         if stops_here or (token_id in self._tokenizer.eos_token_ids and not params.ignore_eos):
@@ -46,7 +49,7 @@ class Detokenizer:
             place, stop = found
             end = place + len(stop) if params.include_stop_str_in_output else place
             return TextStep(self._held[:end], FinishReason.STOP, stop)
-        if len(self._token_ids) == params.max_tokens:
+        if last or len(self._token_ids) == params.max_tokens:
             return TextStep(self._rest(), FinishReason.LENGTH)
         safe = len(self._held) - _overlap(self._held, params.stop)
         text, self._held = self._held[:safe], self._held[safe:]

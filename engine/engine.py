@@ -240,7 +240,8 @@ class Engine:
             if token is None:
                 continue
             sequence = scheduled.sequence
-            step = self._texts[sequence].push(token.token_id)
+            last = self._scheduler.is_full(sequence)
+            step = self._texts[sequence].push(token.token_id, last)
             if step.finish_reason:
                 self._scheduler.remove(sequence)
                 self._forget(sequence)

@@ -11,11 +11,12 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from polydelta.adapters_store.packing import PackedAdapter
+from polydelta.adapters_store.packed import PackedAdapter, PackedLowRank, PackedSparse
 from polydelta.adapters_store.reference import AdapterRef
-from polydelta.engine.deltas import delta_weights
+from polydelta.engine.delta_views import low_rank_view, sparse_view
 from polydelta.engine.models.decoder import Decoder
-from polydelta.kernels.ops import FusableLinear, FusedDelta, Linear, LowRankWeights, SparseWeights
+from polydelta.kernels.delta_weights import LowRankWeights, SparseWeights
+from polydelta.kernels.ops import FusableLinear, FusedDelta, Linear
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +32,18 @@ class FusedAdapter:
     """
 
     def __init__(self, linears: FusableLinears, packed: PackedAdapter) -> None:
-        """On any thread; reads the packed bytes only here."""
+        """packed: one that is `fusable`. On any thread; reads the packed bytes only here."""
         self._deltas: list[FusedDelta] = []
         for layer, content in zip(linears, packed.layers, strict=True):
             by_linear: dict[int, list[LowRankWeights | SparseWeights]] = {}
             for delta in content.deltas:
-                weights = delta_weights(delta, content.data, packed.dtype)
-                by_linear.setdefault(delta.linear, []).append(weights)
+                match delta:
+                    case PackedLowRank():
+                        weights = low_rank_view(delta, content.data, packed.dtype)
+                        by_linear.setdefault(delta.linear, []).append(weights)
+                    case PackedSparse():
+                        entries = sparse_view(delta, content.data)
+                        by_linear.setdefault(delta.linear, []).append(entries)
             self._deltas += [layer[index].prepare(deltas) for index, deltas in by_linear.items()]
 
     def fuse(self) -> None:
@@ -84,7 +90,7 @@ class Fusion:
             if self._thread is not None and self._thread.is_alive():
                 return None  # whoever is wanted when it has ended comes next
             content = packed(wanted)
-            if content is None:
+            if content is None or not content.fusable:
                 return None
             self._ref, self._prepared = wanted, self._prepare(content, wanted)
         if not self._prepared.done() or self._prepared.exception() is not None:

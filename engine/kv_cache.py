@@ -1,8 +1,13 @@
 """Block tables and the prefix cache: which pages hold the KV of which tokens. Imports no torch.
 
-A full block is known by a hash chained over all tokens up to its end. The chain starts from the
-digest of the adapter version that computes it, so that no two variants ever share KV, and a new
-version under an old name finds nothing of the old one.
+A full block is known by a hash chained over all tokens up to its end, and over the digest of the
+adapter version that computes each block, so that no two variants ever share KV, and a new version
+under an old name finds nothing of the old one. Blocks before the token from which an activated
+LoRA acts are the base's, and shared with it.
+
+Where an adapter puts n virtual tokens before the sequence, the first n % block_size places of the
+sequence's first page are theirs, copied from the adapter's pages. They need no hash of their own:
+the adapter's digest stands for them.
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ from polydelta.engine.pool import PagePool
 from polydelta.engine.sequence import Sequence
 
 BASE_NAMESPACE = "base"
+
+HASH_BYTES = 16
 
 
 @dataclass
@@ -66,12 +73,13 @@ class KVCache:
     def used_pages(self) -> list[int]:
         return list(self._users)
 
-    def pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+    def pages_for(self, sequence: Sequence, num_tokens: int) -> int:
+        """Pages of the sequence's own that its first `num_tokens` tokens take."""
+        return -(-(self._shift(sequence) + num_tokens) // self.block_size)
 
     def pages_missing(self, sequence: Sequence, num_tokens: int) -> int:
         """Pages still to be allocated before the first `num_tokens` tokens have a place."""
-        return max(0, self.pages_for(num_tokens) - len(sequence.block_table))
+        return max(0, self.pages_for(sequence, num_tokens) - len(sequence.block_table))
 
     def find_prefix(self, sequence: Sequence, namespace: str) -> list[int]:
         """Pages that already hold the sequence's first full blocks. Changes nothing.
@@ -82,7 +90,8 @@ class KVCache:
             return []
         self._extend_hashes(sequence, namespace)
         pages: list[int] = []
-        for block_hash in sequence.block_hashes[: (sequence.num_tokens - 1) // self.block_size]:
+        usable = self._full_blocks(sequence, sequence.num_tokens - 1)
+        for block_hash in sequence.block_hashes[:usable]:
             block = self._by_hash.get(block_hash)
             if block is None:
                 break
@@ -102,7 +111,7 @@ class KVCache:
             self._by_page[page].hits += 1
         sequence.block_table = list(prefix)
         sequence.num_published = len(prefix)
-        sequence.num_computed = len(prefix) * self.block_size
+        sequence.num_computed = self._tokens_in(sequence, len(prefix))
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
             self.stats.queries += sequence.num_prompt_tokens
@@ -119,12 +128,13 @@ class KVCache:
         if not self.prefix_caching:
             return
         self._extend_hashes(sequence, namespace)
-        full = sequence.num_computed // self.block_size
+        full = self._full_blocks(sequence, sequence.num_computed)
         for index in range(sequence.num_published, full):
             page, block_hash = sequence.block_table[index], sequence.block_hashes[index]
             # Where another sequence was faster with the same block, this page stays private.
             if block_hash not in self._by_hash:
-                block = CachedBlock(page, block_hash, sequence.adapters)
+                adapters = () if self._is_of_base(sequence, index) else sequence.adapters
+                block = CachedBlock(page, block_hash, adapters)
                 self._by_page[page] = self._by_hash[block_hash] = block
         sequence.num_published = full
 
@@ -155,9 +165,33 @@ class KVCache:
     def _forget(self, block: CachedBlock) -> None:
         del self._by_hash[block.hash], self._by_page[block.page]
 
+    def _shift(self, sequence: Sequence) -> int:
+        """Places of the sequence's first page that its adapter's last virtual tokens take."""
+        return sequence.num_prefix_tokens % self.block_size
+
+    def _full_blocks(self, sequence: Sequence, num_tokens: int) -> int:
+        """How many blocks the sequence's first `num_tokens` tokens fill."""
+        return (self._shift(sequence) + num_tokens) // self.block_size
+
+    def _tokens_in(self, sequence: Sequence, num_blocks: int) -> int:
+        """Tokens of the sequence in its first `num_blocks` blocks, if they are full."""
+        return max(0, num_blocks * self.block_size - self._shift(sequence))
+
+    def _is_of_base(self, sequence: Sequence, block: int) -> bool:
+        """Whether the bare base computes the block, with nothing before it that is not its own."""
+        last = self._tokens_in(sequence, block + 1)
+        return not sequence.num_prefix_tokens and last <= sequence.activation
+
     def _extend_hashes(self, sequence: Sequence, namespace: str) -> None:
-        size, hashes = self.block_size, sequence.block_hashes
-        for block in range(len(hashes), sequence.num_tokens // size):
-            before = hashes[-1] if hashes else namespace.encode()
-            tokens = array("q", sequence.token_ids[block * size : (block + 1) * size])
-            hashes.append(hashlib.blake2b(before + tokens.tobytes(), digest_size=16).digest())
+        hashes = sequence.block_hashes
+        for block in range(len(hashes), self._full_blocks(sequence, sequence.num_tokens)):
+            start, stop = (self._tokens_in(sequence, count) for count in (block, block + 1))
+            base = self._is_of_base(sequence, block)
+            # Equal tokens are not enough where the adapter begins to act within the block: where
+            # that is depends on the rest of the prompt.
+            acts_from = 0 if base else max(0, sequence.activation - start)
+            before = hashes[-1] if hashes else bytes(HASH_BYTES)
+            name = (BASE_NAMESPACE if base else namespace).encode() + b"\0"
+            content = array("q", [acts_from, *sequence.token_ids[start:stop]]).tobytes()
+            block_hash = hashlib.blake2b(before + name + content, digest_size=HASH_BYTES)
+            hashes.append(block_hash.digest())

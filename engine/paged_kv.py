@@ -53,6 +53,10 @@ class PagedKV:
             for window, shape in self._shapes.items()
         }
 
+    def store(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """Ready-made keys and values `[tokens, kv_heads, head_dim]`; slots: as in `prepare`."""
+        self._kernels.store_kv(self._layers[layer], keys, values, slots)
+
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         kv = self._layers[layer]
         self._kernels.store_kv(kv, keys, values, self._slots)

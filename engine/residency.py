@@ -20,7 +20,9 @@ from typing import Generic, Protocol, TypeVar
 
 from polydelta.adapters_store.errors import AdapterError
 from polydelta.adapters_store.reference import AdapterRef
+from polydelta.adapters_store.traits import AdapterTraits
 from polydelta.engine.eviction import CostModel
+from polydelta.engine.host_adapter import AdapterPages, HostAdapter, count_pages
 from polydelta.engine.pool import PagePool
 
 logger = logging.getLogger(__name__)
@@ -45,19 +47,6 @@ class AdapterPlace:
     users: int = 0
 
 
-class HostAdapter(Protocol):
-    """An adapter in host RAM, packed for the pool."""
-
-    @property
-    def digest(self) -> str: ...
-
-    @property
-    def bytes_per_layer(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-
 # An adapter in host RAM, and in the pool, ready for the kernels: only the runner looks inside.
 Packed = TypeVar("Packed", bound=HostAdapter)
 Bound = TypeVar("Bound")
@@ -73,7 +62,7 @@ class HostTier(Protocol[Packed]):
     def holds(self, ref: AdapterRef) -> bool: ...
 
 
-# Copies a packed adapter into pages of the pool.
+# Copies a packed adapter into pages of the pool, divided as `AdapterPages` says.
 Binder = Callable[[Packed, Sequence[int]], Bound]
 
 
@@ -86,7 +75,9 @@ class _Entry(Generic[Packed, Bound]):
     error: str | None = None
     # Known once it was loaded.
     digest: str = ""
+    traits: AdapterTraits = field(default_factory=AdapterTraits)
     nbytes: int = 0
+    size: AdapterPages = field(default_factory=AdapterPages)
     pages: list[int] = field(default_factory=list)
     bound: Bound | None = None
     # Sequences that run with it, and a pin; idle when 0.
@@ -104,6 +95,7 @@ class Residency(Generic[Packed, Bound]):
         self,
         pool: PagePool,
         page_bytes: int,
+        block_size: int,
         host: HostTier[Packed],
         bind: Binder[Packed, Bound],
         costs: CostModel,
@@ -111,6 +103,7 @@ class Residency(Generic[Packed, Bound]):
     ) -> None:
         self._pool = pool
         self._page_bytes = page_bytes
+        self._block_size = block_size
         self._host = host
         self._bind = bind
         self._costs = costs
@@ -145,6 +138,15 @@ class Residency(Generic[Packed, Bound]):
         """Of the adapter's content; it must be on the host or resident."""
         return self._entries[ref].digest
 
+    def traits(self, ref: AdapterRef) -> AdapterTraits:
+        """How the adapter acts on a sequence; it must be on the host or resident."""
+        return self._entries[ref].traits
+
+    def prefix_pages(self, ref: AdapterRef) -> list[int]:
+        """Pages of a resident adapter's virtual tokens, in their order; nobody may write them."""
+        entry = self._entries[ref]
+        return entry.pages[entry.size.weights :]
+
     def take_error(self, ref: AdapterRef) -> str:
         """Why the load failed; forgets the failure, so that the next request tries again."""
         return self._entries.pop(ref).error or "unknown error"
@@ -165,11 +167,9 @@ class Residency(Generic[Packed, Bound]):
     def pages_needed(self, ref: AdapterRef) -> int:
         """The adapter's size in pages; it must be on the host or resident."""
         entry = self._entries[ref]
-        if entry.state is ResidencyState.RESIDENT:
-            return len(entry.pages)
-        if entry.packed is None:
+        if not entry.size.total:
             raise ValueError(f"adapter {ref.name} is {entry.state.value}: its size is not known")
-        return max(1, -(-entry.packed.bytes_per_layer // self._page_bytes))
+        return entry.size.total
 
     def acquire(self, ref: AdapterRef) -> Bound:
         """Makes the adapter resident, for one more sequence."""
@@ -266,15 +266,18 @@ class Residency(Generic[Packed, Bound]):
         if (error := loading.exception()) is not None:
             entry.state, entry.error = ResidencyState.FAILED, _reason(error)
             return
-        entry.packed = loading.result()
-        entry.digest, entry.nbytes = entry.packed.digest, entry.packed.nbytes
+        packed = entry.packed = loading.result()
+        entry.digest, entry.traits, entry.nbytes = packed.digest, packed.traits, packed.nbytes
+        entry.size = count_pages(packed, self._page_bytes, self._block_size)
         entry.state = ResidencyState.ON_HOST
 
     def _load_to_pool(self, ref: AdapterRef, entry: _Entry[Packed, Bound]) -> None:
         packed = entry.packed
         if packed is None:
             raise ValueError(f"adapter {ref.name} is {entry.state.value}, not on the host")
-        entry.pages = self._pool.allocate_run(self.pages_needed(ref))
+        # Only weights are better read in one piece.
+        weights = self._pool.allocate_run(entry.size.weights)
+        entry.pages = weights + self._pool.allocate(entry.size.prefix)
         began = time.perf_counter()
         entry.bound = self._bind(packed, entry.pages)
         self._costs.observe_load(max(1, packed.nbytes), time.perf_counter() - began)

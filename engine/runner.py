@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from polydelta.adapters_store.host_store import HostStore
-from polydelta.adapters_store.packing import PackedAdapter
+from polydelta.adapters_store.packed import PackedAdapter
 from polydelta.adapters_store.reference import AdapterRef
-from polydelta.engine.batch import Batch, build_batch
-from polydelta.engine.deltas import AdapterSegment, PoolAdapter, StepDeltas, wrap_decoder
+from polydelta.engine.batch import AdapterRows, Batch, build_batch
+from polydelta.engine.deltas import AdapterSegment, StepDeltas, wrap_decoder
 from polydelta.engine.fusion import Fusion, fusable_linears
 from polydelta.engine.fusion_policy import FusionPolicy
+from polydelta.engine.host_adapter import count_pages
 from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
+from polydelta.engine.pool_adapter import PoolAdapter
+from polydelta.engine.prefix_kv import fill_prefix
 from polydelta.engine.sampler import Sampler
 from polydelta.engine.sequence import SampledToken, Schedule, Sequence as TokenSequence
 from polydelta.kernels.ops import Kernels
@@ -54,8 +57,18 @@ class Runner:
         self._sampler = Sampler(config.vocab_size)
 
     def bind_adapter(self, packed: PackedAdapter, pages: Sequence[int]) -> PoolAdapter:
-        """Copies a packed adapter into pages of the pool."""
-        return PoolAdapter(packed, self._storage, pages, self._kernels)
+        """Copies a packed adapter into pages of the pool, in the order of `count_pages`."""
+        page_bytes = self._storage.shape[-1]
+        count = count_pages(packed, page_bytes, self._block_size).weights
+        if packed.prefix is not None:
+            # Virtual tokens are the bare base's.
+            self._deltas.segments = ()
+            if self._fusion is not None:
+                self._fusion.settle(None, self._host.peek)
+            with torch.inference_mode():
+                own = pages[count:]
+                fill_prefix(packed.prefix, own, self._block_size, self._kv, self._decoder)
+        return PoolAdapter(packed, self._storage, pages[:count], self._kernels)
 
     @torch.inference_mode()
     def step(
@@ -88,13 +101,20 @@ class Runner:
 
     def _logits(self, batch: Batch, bound: Callable[[AdapterRef], PoolAdapter]) -> Tensor:
         """`[samples, vocab]` float32."""
+        for source, target in batch.page_copies:
+            self._storage[:, target] = self._storage[:, source]
         self._kv.prepare(batch.slots, batch.slices)
         fused = self._fused(batch)
-        self._deltas.segments = [
-            AdapterSegment(rows.start, rows.stop, bound(share.ref), share.weight)
-            for rows in batch.adapter_rows
-            for share in rows.adapters
-            if share.ref != fused
-        ]
+
+        def segments(each: Sequence[AdapterRows]) -> list[AdapterSegment]:
+            return [
+                AdapterSegment(rows.start, rows.stop, bound(share.ref), share.weight)
+                for rows in each
+                for share in rows.adapters
+                if share.ref != fused
+            ]
+
+        self._deltas.segments = segments(batch.adapter_rows)
+        self._deltas.sample_segments = segments(batch.sample_adapter_rows)
         hidden = self._decoder.hidden_states(batch.tokens, batch.positions, self._kv)
         return self._decoder.logits(hidden.index_select(0, batch.sample_rows))

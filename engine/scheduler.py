@@ -32,6 +32,8 @@ class SchedulerLimits:
     max_batch_tokens: int
     # Sequences running at the same time.
     max_batch_size: int
+    # The model's context window, virtual tokens of adapters included.
+    max_positions: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,9 @@ class Scheduler:
                 budget -= count
         # Before the admission: what host RAM has is there at once, and enters in this step.
         self._look_ahead()
-        if self.num_preemptions == preemptions:
+        # Room that was made by preemption is for those who run. Where nobody runs any more, the
+        # waiting are looked at now: nothing would wake the loop to do it later.
+        if not shares or self.num_preemptions == preemptions:
             self._admit_waiting(budget, shares)
         return [ScheduledSequence(sequence, count) for sequence, count in shares.items()]
 
@@ -114,6 +118,10 @@ class Scheduler:
             self._kv.publish(sequence, self._namespace(sequence))
             if token is not None:
                 sequence.token_ids.append(token.token_id)
+
+    def is_full(self, sequence: Sequence) -> bool:
+        """Whether the context window has no place for one more token."""
+        return sequence.num_prefix_tokens + sequence.num_tokens >= self._limits.max_positions
 
     def bound_adapter(self, ref: AdapterRef) -> Any:
         """The resident adapter of a scheduled sequence."""
@@ -189,34 +197,54 @@ class Scheduler:
             budget -= count
 
     def _adapters_ready(self, sequence: Sequence) -> bool:
-        """Whether all of the sequence's adapters can be had at once."""
+        """Whether all of the sequence's adapters can be had at once; it knows what they do then."""
         ready = (ResidencyState.ON_HOST, ResidencyState.RESIDENT)
-        return all(self._residency.state(ref) in ready for ref in sequence.adapter_refs)
+        if any(self._residency.state(ref) not in ready for ref in sequence.adapter_refs):
+            return False
+        sequence.learn(map(self._residency.traits, sequence.adapter_refs))
+        return True
 
     def _can_admit(self, sequence: Sequence, prefix: list[int]) -> bool:
         """Whether its adapters and all its tokens so far fit beside what is in use."""
-        pages = self._kv.pages_for(sequence.num_tokens) - len(prefix)
+        pages = self._kv.pages_for(sequence, sequence.num_tokens) - len(prefix)
         pages += self._kv.idle_among(prefix)  # taken back into use, they are not evictable
         pages += sum(map(self._residency.pages_to_acquire, sequence.adapter_refs))
         return self._pool.can_allocate(pages)
 
     def _can_ever_run(self, sequence: Sequence) -> bool:
-        """False, and the sequence has failed, when even an empty pool is too small for it."""
-        refs = sequence.adapter_refs
+        """False, and the sequence has failed, when even an empty pool is too small for it, or the
+        context window."""
+        problem = self._lack_of_pages(sequence) or self._lack_of_positions(sequence)
+        if problem is not None:
+            self._fail(sequence, problem)
+        return problem is None
+
+    def _lack_of_pages(self, sequence: Sequence) -> str | None:
+        refs, prompt = sequence.adapter_refs, sequence.num_prompt_tokens
         adapter_pages = sum(map(self._residency.pages_needed, refs))
-        longest = sequence.num_prompt_tokens + sequence.request.sampling.max_tokens
-        pages = self._kv.pages_for(longest) + adapter_pages
+        window = self._limits.max_positions - sequence.num_prefix_tokens
+        longest = max(prompt + 1, min(prompt + sequence.request.sampling.max_tokens, window))
+        pages = self._kv.pages_for(sequence, longest) + adapter_pages
         pinned = self._residency.num_pinned_pages(besides=refs)
         if pages + pinned <= self._pool.num_pages:
-            return True
+            return None
         others = f", {pinned} of which pinned adapters hold" if pinned else ""
-        self._fail(
-            sequence,
+        return (
             f"The request needs {pages} pages of the pool ({adapter_pages} of them for its "
             f"adapters), but the pool has {self._pool.num_pages}{others}: ask for fewer tokens, "
-            "or start the server with a larger pool.",
+            "or start the server with a larger pool."
         )
-        return False
+
+    def _lack_of_positions(self, sequence: Sequence) -> str | None:
+        virtual, prompt = sequence.num_prefix_tokens, sequence.num_prompt_tokens
+        limit = self._limits.max_positions
+        if virtual + prompt < limit:
+            return None
+        return (
+            f"The adapter puts {virtual} virtual tokens before the prompt's {prompt}, but the "
+            f"context window is {limit} tokens and an answer needs at least one of them: shorten "
+            "the prompt, or use an adapter with fewer virtual tokens."
+        )
 
     def _fail(self, sequence: Sequence, reason: str) -> None:
         self._leave_queue(sequence)
@@ -236,13 +264,22 @@ class Scheduler:
         refs = sorted(sequence.adapter_refs, key=lambda ref: not self._residency.is_resident(ref))
         for ref in refs:
             self._residency.acquire(ref)
+        self._lend_prefix(sequence)
         self.running.append(sequence)
         count = min(sequence.num_uncomputed, budget)
         self._kv.grow(sequence, sequence.num_computed + count)
         return count
 
+    def _lend_prefix(self, sequence: Sequence) -> None:
+        """Shows a sequence the ready-made KV before it, in the pages of its adapter."""
+        refs, full = sequence.adapter_refs, sequence.num_prefix_tokens // self._kv.block_size
+        pages = [page for ref in refs for page in self._residency.prefix_pages(ref)]
+        sequence.prefix_pages = pages[:full]
+        sequence.prefix_rest = pages[full] if full < len(pages) else None
+
     def _release(self, sequence: Sequence) -> None:
         self._kv.release(sequence)
+        sequence.prefix_pages, sequence.prefix_rest = [], None
         for ref in sequence.adapter_refs:
             self._residency.release(ref)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+import sys
+from collections.abc import Iterable, Sequence as Seq
 from dataclasses import dataclass
 
 from polydelta.adapters_store.composition import Shares
 from polydelta.adapters_store.reference import AdapterRef
+from polydelta.adapters_store.traits import AdapterTraits
 from polydelta.engine.request import GenerationRequest, OutputHandler, TokenLogprob
+
+# The activation of adapters that act on no token of a sequence.
+NEVER = sys.maxsize
 
 
 class Sequence:
@@ -19,11 +24,22 @@ class Sequence:
         # Prompt, then output.
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        # Whether `learn` was told what its adapters do.
+        self.knows_traits = False
+        # Virtual tokens of its adapter before the first token.
+        self.num_prefix_tokens = 0
+        # Index of the first token that its adapters act on.
+        self.activation = 0
         # Tokens whose KV is in the pool.
         self.num_computed = 0
         # Prompt tokens that the prefix cache had when the sequence was first admitted.
         self.num_cached: int | None = None
-        # Page ids; page i holds tokens i * block_size and on.
+        # Page ids of what its adapter puts before it, while it runs: full pages, read where they
+        # are, and the one whose virtual tokens its own first page begins with.
+        self.prefix_pages: list[int] = []
+        self.prefix_rest: int | None = None
+        # Its own page ids. After its adapter's full pages, page i of all holds tokens
+        # i * block_size and on, virtual ones counted.
         self.block_table: list[int] = []
         # Chained hashes of the full blocks so far; see `kv_cache.py`.
         self.block_hashes: list[bytes] = []
@@ -46,6 +62,17 @@ class Sequence:
 
     def uses(self, ref: AdapterRef) -> bool:
         return any(share.ref == ref for share in self.request.adapters)
+
+    def learn(self, traits: Iterable[AdapterTraits]) -> None:
+        """What each of its adapters does to the whole sequence, known once they are loaded. It
+        holds for the sequence's life: what the answer says activates nothing."""
+        if self.knows_traits:
+            return
+        prompt = self.token_ids[: self.num_prompt_tokens]
+        each = list(traits)
+        self.num_prefix_tokens = sum(one.num_prefix_tokens for one in each)
+        self.activation = min((_last_start(prompt, one.invocation) for one in each), default=0)
+        self.knows_traits = True
 
     @property
     def num_tokens(self) -> int:
@@ -74,8 +101,18 @@ class ScheduledSequence:
 
     @property
     def start(self) -> int:
-        """Position of the first of them."""
+        """Index of the first of them."""
         return self.sequence.num_computed
+
+    @property
+    def stop(self) -> int:
+        """Index after the last of them."""
+        return self.start + self.num_tokens
+
+    @property
+    def num_before_activation(self) -> int:
+        """How many of them, the first ones, its adapters do not act on."""
+        return min(self.num_tokens, max(0, self.sequence.activation - self.start))
 
     @property
     def samples(self) -> bool:
@@ -89,6 +126,17 @@ class SampledToken:
 
     token_id: int
     logprob: TokenLogprob | None = None
+
+
+def _last_start(prompt: list[int], invocation: Seq[int]) -> int:
+    """Where the last occurrence of the invocation starts; 0 for none that is asked for."""
+    if not invocation:
+        return 0
+    wanted = list(invocation)
+    for start in range(len(prompt) - len(wanted), -1, -1):
+        if prompt[start : start + len(wanted)] == wanted:
+            return start
+    return NEVER
 
 
 # A step: what to compute, in the order of its rows.

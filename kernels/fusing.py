@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polydelta.kernels.ops import LowRankWeights, SparseWeights
+from polydelta.kernels.delta_weights import LowRankWeights, SparseWeights
 
 
 class FusableWeight:

@@ -13,10 +13,19 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from polydelta.kernels.delta_weights import (
+    AddWeights,
+    ChangeWeights,
+    LowRankWeights,
+    SparseWeights,
+)
+
 # x: [tokens, in] -> [tokens, out]
 Linear = Callable[[Tensor], Tensor]
-# add(y, x): y += dW x, in place; y: [tokens, out], x: [tokens, in]
+# add(y, x): y += f(x), in place; y: [tokens, out], x: [tokens, in]
 AddDelta = Callable[[Tensor, Tensor], None]
+# change(y): y = f(y), in place; y: [tokens, out]
+ChangeOutput = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -43,39 +52,6 @@ class AttentionShape:
     block_size: int
     # How many tokens back a query sees, itself included; None sees all.
     window: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class LowRankBlock:
-    """The expansion of one part of a fused linear layer."""
-
-    # Columns of y that it adds to: out_start : out_start + out_features.
-    out_start: int
-    # Rows of `a` that it reads: rank_start : rank_start + rank.
-    rank_start: int
-    # [rank, out_features]; B transposed, the scale folded in.
-    b_t: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class LowRankWeights:
-    """A low-rank delta of one (fused) linear layer, as views of adapter pages."""
-
-    # [sum of ranks, in]
-    a: Tensor
-    blocks: tuple[LowRankBlock, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class SparseWeights:
-    """A sparse delta of one (fused) linear layer in CSR form, as views of adapter pages."""
-
-    # [out + 1] int32
-    row_pointers: Tensor
-    # [nnz] int32
-    columns: Tensor
-    # [nnz]
-    values: Tensor
 
 
 class FusedDelta(Protocol):
@@ -139,11 +115,11 @@ class Kernels(Protocol):
         """Causal attention over paged KV: queries `[tokens, heads, head_dim]` -> the same shape.
         kv as in `store_kv`, with this step's keys and values already stored."""
 
-    def low_rank(self, weights: LowRankWeights) -> AddDelta:
-        """`y += x @ A.T @ B.T`, prepared once for the weights where they lie."""
+    def add_delta(self, weights: AddWeights) -> AddDelta:
+        """What the weights say of x, added to y; prepared once for the weights where they lie."""
 
-    def sparse(self, weights: SparseWeights) -> AddDelta:
-        """`y += x @ dW.T`, prepared once for the weights where they lie."""
+    def change_output(self, weights: ChangeWeights) -> ChangeOutput:
+        """What the weights make of y; prepared once for the weights where they lie."""
 
 
 def kernels_for(device: torch.device) -> Kernels:

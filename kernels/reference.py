@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from polydelta.kernels.fusing import FusableWeight, FusedWeight, with_deltas
-from polydelta.kernels.ops import (
-    AddDelta,
-    AttentionShape,
+from polydelta.kernels.delta_weights import (
+    AddWeights,
+    ChangeWeights,
     LowRankWeights,
-    SequenceSlice,
     SparseWeights,
 )
+from polydelta.kernels.fusing import FusableWeight, FusedWeight, with_deltas
+from polydelta.kernels.ops import AddDelta, AttentionShape, ChangeOutput, SequenceSlice
+from polydelta.kernels.reference_deltas import add_delta, change_output
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,24 +91,11 @@ class ReferenceKernels:
             out[rows] = mixed.transpose(0, 1).to(out.dtype)
         return out
 
-    def low_rank(self, weights: LowRankWeights) -> AddDelta:
-        def add(y: Tensor, x: Tensor) -> None:
-            shrunk = x @ weights.a.T
-            for block in weights.blocks:
-                rank, out_features = block.b_t.shape
-                columns = slice(block.out_start, block.out_start + out_features)
-                ranks = slice(block.rank_start, block.rank_start + rank)
-                y[:, columns] += shrunk[:, ranks] @ block.b_t
+    def add_delta(self, weights: AddWeights) -> AddDelta:
+        return partial(add_delta, weights)
 
-        return add
-
-    def sparse(self, weights: SparseWeights) -> AddDelta:
-        def add(y: Tensor, x: Tensor) -> None:
-            counts = weights.row_pointers.diff().long()
-            rows = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)
-            y.index_add_(1, rows, x[:, weights.columns.long()] * weights.values)
-
-        return add
+    def change_output(self, weights: ChangeWeights) -> ChangeOutput:
+        return partial(change_output, weights)
 
 
 def visible(sequence: SequenceSlice, window: int | None, device: torch.device) -> Tensor:

@@ -14,8 +14,12 @@ from rich.table import Table
 
 from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.server import options
+from polydelta.server.cli_convert import convert
+from polydelta.server.cli_distill import distill_delta
+from polydelta.server.cli_import import imports
 from polydelta.server.cli_merge import merge
 from polydelta.server.cli_push import push
+from polydelta.server.cli_quantize import quantize
 from polydelta.server.settings import load_settings
 from polydelta.server.stores import find_adapter, open_store
 
@@ -30,7 +34,11 @@ adapters = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
+adapters.command("distill-delta")(distill_delta)
+adapters.add_typer(imports, name="import")
 adapters.command("merge")(merge)
+adapters.command("convert")(convert)
+adapters.command("quantize")(quantize)
 adapters.command("push")(push)
 
 
@@ -98,13 +106,14 @@ def inspect_adapter(
     what was uploaded as version 3
     """
     from polydelta.adapters_store.inspection import inspect
+    from polydelta.engine.build import torch_dtype
+    from polydelta.engine.models.base_weights import checkpoint_layout
     from polydelta.engine.models.checkpoint import open_checkpoint
-    from polydelta.engine.models.decoder import base_layout
 
     settings = load_settings(model=model, store=store)
     ref = find_adapter(adapter, settings)
     base = open_checkpoint(settings.model)
-    summary = inspect(ref.path, base_layout(base.config, base.id))
+    summary = inspect(ref.path, checkpoint_layout(base, torch_dtype(settings.dtype)))
     facts = Table.grid(padding=(0, 2))
     for name, cell in zip(COLUMNS, _cells(summary), strict=True):
         facts.add_row(name, cell)

@@ -106,14 +106,16 @@ def merge(
     # Here and not above: `polydelta --help` must not wait for torch.
     import torch
 
-    from polydelta.adapters_store.formats.peft_writer import check_free, write_adapter
+    from polydelta.adapters_store.formats.adapter_folder import check_free
+    from polydelta.adapters_store.formats.peft_writer import write_adapter
+    from polydelta.engine.build import torch_dtype
+    from polydelta.engine.models.base_weights import checkpoint_layout
     from polydelta.engine.models.checkpoint import open_checkpoint
-    from polydelta.engine.models.decoder import base_layout
 
     # Before the work: a taken name should not cost the wait.
     check_free(out)
     base = open_checkpoint(settings.model)
-    layout = base_layout(base.config, base.id)
+    layout = checkpoint_layout(base, torch_dtype(settings.dtype))
     merged = _merge([(_read(ref, layout), weight) for ref, weight in refs], recipe)
     base_name = _base_name(refs) or settings.model or base.id
     write_adapter(out, merged.modules, base_name, getattr(torch, dtype))

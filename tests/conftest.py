@@ -19,8 +19,8 @@ from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.engine.build import assemble
 from polydelta.engine.config import EngineConfig
 from polydelta.engine.engine import Engine
+from polydelta.engine.models.base_weights import checkpoint_layout
 from polydelta.engine.models.checkpoint import Checkpoint, open_checkpoint
-from polydelta.engine.models.decoder import base_layout
 from polydelta.engine.models.hf_folder import HfFolder
 from polydelta.engine.models.tokenizer import Tokenizer
 from polydelta.engine.request import FinishReason, GenerationRequest, RequestOutput
@@ -150,7 +150,7 @@ def tiny_checkpoint(
 
 @pytest.fixture(scope="session")
 def tiny_layout(tiny_checkpoint: Checkpoint) -> BaseLayout:
-    return base_layout(tiny_checkpoint.config, tiny_checkpoint.id)
+    return checkpoint_layout(tiny_checkpoint, torch.float32)
 
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

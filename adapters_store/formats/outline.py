@@ -7,9 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModuleOutline:
-    """The delta of one module."""
+    """The deltas of one module."""
 
-    # The delta's kind, e.g. "LowRank".
+    # The kind of the delta, e.g. "LowRank"; where there are several, of that which has the rank.
     kind: str
     # 0 for kinds that have none.
     rank: int
+    # Kinds of the others.
+    also: tuple[str, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return self.kind, *self.also

@@ -48,12 +48,13 @@ class KeyRules:
             raise InvalidAdapterError(f"{CONFIG_FILE}: {shown} is {reprlib.repr(value)}; {reason}.")
 
 
-# Keys that every PEFT config has.
+# Keys that every PEFT config has. Of `modules_to_save` the tensors' names say what was saved.
 COMMON_HARMLESS = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
         "inference_mode",
+        "modules_to_save",
         "peft_type",
         "peft_version",
         "revision",
@@ -65,10 +66,6 @@ COMMON_REFUSED = {
     "fan_in_fan_out": (
         "it is for bases that store weights as [in, out], such as GPT-2, and this one stores them "
         "as [out, in]: train the adapter on the base that is served"
-    ),
-    "modules_to_save": (
-        "whole modules beside the adapter are not served yet, embeddings and lm_head included: "
-        "train without modules_to_save"
     ),
 }
 
@@ -119,6 +116,25 @@ def mapping(field: str, value: object) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise _wrong(field, value, "an object")
     return value or {}
+
+
+def strings(field: str, value: object) -> list[str]:
+    """None counts as empty. Raises InvalidAdapterError for anything but a list of strings."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise _wrong(field, value, "a list of strings")
+    return value
+
+
+def token_ids(field: str, value: object) -> list[int]:
+    """None counts as empty. Raises InvalidAdapterError for anything but a list of integers that
+    are not negative."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+        raise _wrong(field, value, "a list of token ids")
+    return value
 
 
 def _wrong(field: str, value: object, wanted: str) -> InvalidAdapterError:

@@ -1,116 +1,54 @@
-"""PEFT's LoRA (arXiv:2106.09685), rank-stabilised LoRA (arXiv:2312.03732) included.
+"""PEFT's LoRA (arXiv:2106.09685), rank-stabilised LoRA (arXiv:2312.03732) and the variants that its
+config switches on.
 
-`y += scale * B (A x)`, where scale is alpha / r, or alpha / sqrt(r) with `use_rslora`, and both
-alpha and r may differ from module to module.
+`y += scale * (B (A x) + bias)`, where scale is alpha / r, or alpha / sqrt(r) with `use_rslora`, and
+both alpha and r may differ from module to module.
 """
 
 from __future__ import annotations
 
-import math
-import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from polydelta.adapters_store.base_layout import BaseLayout
-from polydelta.adapters_store.delta import Delta, LowRank
+from polydelta.adapters_store.base_layout import EMBEDDING, HEAD, MODEL, BaseLayout
+from polydelta.adapters_store.delta import Bias, Delta, Invocation, LowRank, Scale, Side
 from polydelta.adapters_store.errors import InvalidAdapterError
-from polydelta.adapters_store.formats.files import Shape, to_float32
+from polydelta.adapters_store.formats.files import Shape
+from polydelta.adapters_store.formats.lora_config import (
+    KEY_RULES,
+    LoraSettings,
+    Variant,
+    invocation_tokens,
+)
+from polydelta.adapters_store.formats.lora_variants import (
+    block_diagonal,
+    dora_gains,
+    ungroup,
+    without_smallest,
+)
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    MERGE_INSTEAD,
-    Config,
-    KeyRules,
-    flag,
-    mapping,
-    number,
-    positive_int,
-)
-from polydelta.adapters_store.formats.peft_patterns import PatternTable
-from polydelta.adapters_store.formats.peft_tensors import (
-    check_modules,
-    check_shape,
-    group_by_module,
-)
+from polydelta.adapters_store.formats.peft_config import MERGE_INSTEAD, Config
+from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
+from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
-KEY_RULES = KeyRules(
-    honoured=frozenset(
-        {
-            "alpha_pattern",
-            "bias",
-            "init_lora_weights",
-            "lora_alpha",
-            "r",
-            "rank_pattern",
-            "use_rslora",
-        }
-    ),
-    harmless=COMMON_HARMLESS
-    | {
-        # How weights were started; where that changed the base, `init_lora_weights` says so.
-        "corda_config",
-        "eva_config",
-        "loftq_config",
-        "lora_ga_config",
-        # Which modules were adapted; the tensors' names say it.
-        "exclude_modules",
-        "layers_pattern",
-        "layers_to_transform",
-        # Training, and how PEFT itself runs.
-        "ensure_weight_tying",
-        "lora_dropout",
-        "megatron_core",
-        "runtime_config",
-        "velora_config",
-        # Without effect unless `use_qalora`, which is refused.
-        "qalora_group_size",
-    },
-    refused={
-        **COMMON_REFUSED,
-        "alora_invocation_tokens": (
-            "activated LoRA, which acts from these tokens on, is not served yet: train a plain LoRA"
-        ),
-        "arrow_config": "Arrow routes between several adapters and is not served yet: load each "
-        "adapter by itself",
-        "kasa_config": f"KaSA changes the base weights and is not served yet: {MERGE_INSTEAD}",
-        "layer_replication": "it gives the base another number of layers: train without it",
-        "lora_bias": f"a bias on B is not served yet: {MERGE_INSTEAD}",
-        "megatron_config": "adapters split for Megatron are not served: convert it to plain LoRA",
-        "monteclora_config": f"MonteCLoRA is not served yet: {MERGE_INSTEAD}",
-        "target_parameters": "LoRA on bare parameters (fused experts) is not served yet: target "
-        "linear layers with target_modules",
-        "trainable_token_indices": "changed rows of the embedding are not served yet: train "
-        "without trainable_token_indices",
-        "use_bdlora": f"block-diagonal LoRA is not served yet: {MERGE_INSTEAD}",
-        "use_dora": f"DoRA is not served yet: {MERGE_INSTEAD}",
-        "use_qalora": f"QALoRA is not served yet: {MERGE_INSTEAD}",
-    },
+_LINEAR = ("lora_A.weight", "lora_B.weight")
+# The embedding is a linear layer over token ids: `[rank, vocab]` and `[hidden, rank]`.
+_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+# `[out]`, `[out]` and `[rank]`.
+_BIAS, _MAGNITUDE, _DIAGONAL = "lora_B.bias", "lora_magnitude_vector", "lora_diag"
+# What VeLoRA's backward pass and MonteCLoRA's samples are made of; answers are made without.
+_TRAINING_ONLY = (
+    "lora_velora_embed",
+    "lora_monteclora_sampler.expert_weights",
+    "lora_monteclora_sampler.expert_weights_prior",
+    "lora_monteclora_sampler.gaussian_var_prior",
+    "lora_monteclora_sampler.std_prior",
 )
-
-# Ways to start training which leave the base weights as they are.
-_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-
-_A, _B = "lora_A.weight", "lora_B.weight"
-# VeLoRA's backward pass keeps its projection in the file; the forward pass has no use for it.
-_TRAINING_ONLY = ("lora_velora_embed",)
-
-
-@dataclass(frozen=True)
-class _Scaling:
-    """Rank, alpha and scale of each module, by its full path."""
-
-    ranks: PatternTable[int]
-    alphas: PatternTable[float]
-    rank_stabilised: bool
-
-    def scale(self, module: str) -> float:
-        rank = self.ranks[module]
-        return self.alphas[module] / (math.sqrt(rank) if self.rank_stabilised else rank)
+# Variants that PEFT has for an embedding.
+_OF_EMBEDDINGS = (None, Variant.DORA, Variant.MICA)
 
 
 def outline(config: Config, shapes: Mapping[str, Shape]) -> dict[str, ModuleOutline]:
@@ -118,68 +56,165 @@ def outline(config: Config, shapes: Mapping[str, Shape]) -> dict[str, ModuleOutl
 
     Raises InvalidAdapterError for all that is wrong whatever the base.
     """
-    scaling = _check_config(config)
-    modules: dict[str, ModuleOutline] = {}
-    for module, names in group_by_module(shapes, (_A, _B), _TRAINING_ONLY).items():
-        a, b, rank = shapes[names[_A]], shapes[names[_B]], scaling.ranks[module]
-        why = f"rank {rank} (r and rank_pattern in {CONFIG_FILE})"
-        check_shape(names[_A], a, (rank, *a[-1:]), why)
-        check_shape(names[_B], b, (*b[:1], rank), why)
-        modules[module] = ModuleOutline(LowRank.kind, rank)
+    modules = _FORMAT.outline(config, shapes)
+    if modules and invocation_tokens(config):
+        modules[MODEL] = ModuleOutline(Invocation.kind, 0)
     return modules
 
 
 def read(
     config: Config, tensors: Mapping[str, Tensor], layout: BaseLayout
 ) -> dict[str, tuple[Delta, ...]]:
-    """Module path -> its delta, in float32, with the scale folded into B.
+    """Module path -> its deltas, in float32, with the scale folded into B.
 
     Raises InvalidAdapterError.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    check_modules(outline(config, shapes), layout)
-    scaling = _check_config(config)
-    deltas: dict[str, tuple[Delta, ...]] = {}
-    for module, names in group_by_module(tensors, (_A, _B), _TRAINING_ONLY).items():
-        rank, (out_features, in_features) = scaling.ranks[module], layout.module_shapes[module]
-        check_shape(names[_A], shapes[names[_A]], (rank, in_features), "the base model's layer")
-        check_shape(names[_B], shapes[names[_B]], (out_features, rank), "the base model's layer")
-        a, b = (to_float32(names[parameter], tensors[names[parameter]]) for parameter in (_A, _B))
-        deltas[module] = (LowRank(a, _scaled(names[_B], b, scaling.scale(module))),)
-    return deltas
+    modules = _FORMAT.read(config, tensors, layout)
+    invocation = invocation_tokens(config)
+    if modules and invocation:
+        if max(invocation) >= layout.vocab_size:
+            raise InvalidAdapterError(
+                f"{CONFIG_FILE}: alora_invocation_tokens has the id {max(invocation)}, but the "
+                f"base model has {layout.vocab_size} tokens, so the adapter would never act: load "
+                "it over the base that it was trained on."
+            )
+        modules[MODEL] = (Invocation(invocation),)
+    return modules
 
 
-def _scaled(name: str, b: Tensor, scale: float) -> Tensor:
-    scaled = b * scale
-    if not torch.isfinite(scaled).all():
+def _outline_module(settings: LoraSettings, shapes: ModuleShapes) -> ModuleOutline:
+    module = shapes.module
+    rank = settings.ranks[module]
+    a, b = _names(module)
+    optional = _optional(settings, module)
+    shapes.need(a, b, *optional)
+    _check_known(shapes, {a, b, *optional})
+    why = f"rank {rank} (r and rank_pattern in {CONFIG_FILE})"
+    in_blocks, out_blocks = _blocks(settings, module)
+    if rank % (in_blocks * out_blocks):
         raise InvalidAdapterError(
-            f"Tensor {name!r} times its scale of {scale:g} is more than float32 holds: check "
-            f"lora_alpha and alpha_pattern in {CONFIG_FILE}."
+            f"{CONFIG_FILE}: the rank of {module[:200]!r} is {rank}, which use_bdlora's "
+            f"{in_blocks * out_blocks} blocks do not divide: take the config of the training."
         )
-    return scaled
+    shapes.check(a, (rank, *shapes[a][-1:]), why)
+    shapes.check(b, (*shapes[b][:1], rank // out_blocks), why)
+    for parameter in optional:
+        size = rank if parameter == _DIAGONAL else shapes[b][0]
+        shapes.check(parameter, (size,), f"the module's {b}")
+    also: tuple[str, ...] = ()
+    if settings.variant is Variant.DORA:
+        also = (Scale.kind,)
+    elif _BIAS in optional:
+        also = (Bias.kind,)
+    return ModuleOutline(LowRank.kind, rank * 2 if _DIAGONAL in optional else rank, also)
 
 
-def _check_config(config: Config) -> _Scaling:
-    KEY_RULES.check(config)
-    if config.get("bias") not in (None, "none"):
+def _read_module(settings: LoraSettings, tensors: ModuleTensors) -> tuple[Delta, ...]:
+    module, scale = tensors.module, settings.scale(tensors.module)
+    a, b = _factors(settings, tensors)
+    b = b * scale
+    if settings.variant is Variant.KASA:
+        a, b = _with_correction(a, b * tensors[_DIAGONAL], tensors)
+    if settings.variant is Variant.DORA:
+        weight = tensors.weight()
+        gains = dora_gains(tensors[_MAGNITUDE], weight.T if module == EMBEDDING else weight, b @ a)
+        bias = tensors.bias()
+        # PEFT leaves the base's bias as it is, and Scale multiplies it.
+        kept = () if bias is None else (Bias((1 - gains) * bias),)
+        return LowRank(a, b * gains.unsqueeze(1)), Scale(gains, Side.OUTPUT), *kept
+    if _BIAS in tensors:
+        return LowRank(a, b), Bias(tensors[_BIAS] * scale)
+    return (LowRank(a, b),)
+
+
+def _factors(settings: LoraSettings, tensors: ModuleTensors) -> tuple[Tensor, Tensor]:
+    """A `[rank, in]` and B `[out, rank]` without the scale."""
+    a_name, b_name = _names(tensors.module)
+    rank = settings.ranks[tensors.module]
+    in_blocks, out_blocks = _blocks(settings, tensors.module)
+    # PEFT pools the inputs of GPTQ layers only, and has a plain A for all others.
+    group = settings.group or 1
+    if tensors.shapes[a_name][1] == tensors.in_features:
+        group = 1
+    for size, parts in (
+        (tensors.in_features, in_blocks * group),
+        (tensors.out_features, out_blocks),
+    ):
+        if size % parts:
+            raise InvalidAdapterError(
+                f"Module {tensors.module[:200]!r} is cut into {parts} equal parts by the config, "
+                f"but the base model has {size} there: load it over the base that it was trained "
+                "on."
+            )
+    tensors.check(a_name, (rank, tensors.in_features // in_blocks // group))
+    tensors.check(b_name, (tensors.out_features, rank // out_blocks))
+    a, b = tensors[a_name], tensors[b_name]
+    a = ungroup(a, group) if group > 1 else block_diagonal(a, in_blocks)
+    return a, block_diagonal(b, out_blocks)
+
+
+def _with_correction(a: Tensor, b: Tensor, tensors: ModuleTensors) -> tuple[Tensor, Tensor]:
+    rank = a.shape[0]
+    if rank >= min(tensors.out_features, tensors.in_features):
         raise InvalidAdapterError(
-            f"{CONFIG_FILE}: bias is {reprlib.repr(config['bias'])}; trained biases of the base "
-            "are not served yet: train with bias='none'."
+            f"Module {tensors.module[:200]!r} has rank {rank}, but KaSA needs a lower one than the "
+            f"base model's layer of shape {[tensors.out_features, tensors.in_features]} has: load "
+            "it over the base that it was trained on."
         )
-    init = config.get("init_lora_weights")
-    if init not in _PLAIN_INITS:
+    a_lost, b_lost = without_smallest(tensors.weight(), rank)
+    return torch.cat((a, a_lost)), torch.cat((b, b_lost), dim=1)
+
+
+def _names(module: str) -> tuple[str, str]:
+    """What A and B are called."""
+    return _EMBEDDING if module == EMBEDDING else _LINEAR
+
+
+def _optional(settings: LoraSettings, module: str) -> tuple[str, ...]:
+    """What a module has besides A and B. Raises InvalidAdapterError for a variant that is not for
+    the module."""
+    variant = settings.variant
+    if module == EMBEDDING and variant not in _OF_EMBEDDINGS:
         raise InvalidAdapterError(
-            f"{CONFIG_FILE}: init_lora_weights is {reprlib.repr(init)}, which changes the base "
-            "weights, so the adapter is wrong over the original base: save it again with "
-            "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`, which turns it "
-            "into a plain LoRA."
+            f"{CONFIG_FILE}: {variant} is on, which PEFT itself cannot compute for {module!r}: "
+            "take the config of the training."
         )
-    ranks = mapping("rank_pattern", config.get("rank_pattern"))
-    alphas = mapping("alpha_pattern", config.get("alpha_pattern"))
-    return _Scaling(
-        PatternTable("rank_pattern", ranks, positive_int("r", config.get("r")), positive_int),
-        PatternTable(
-            "alpha_pattern", alphas, number("lora_alpha", config.get("lora_alpha")), number
-        ),
-        flag("use_rslora", config.get("use_rslora")),
-    )
+    match variant:
+        case Variant.DORA:
+            return (_MAGNITUDE,)
+        case Variant.KASA if module == HEAD:
+            raise InvalidAdapterError(
+                f"{CONFIG_FILE}: kasa_config is on, and changes the weights of {HEAD!r}, and those "
+                f"of {EMBEDDING!r} where they are the same: {MERGE_INSTEAD}."
+            )
+    diagonal = (_DIAGONAL,) if variant is Variant.KASA else ()
+    has_bias = settings.bias and module != EMBEDDING and _blocks(settings, module)[1] == 1
+    return (*diagonal, _BIAS) if has_bias else diagonal
+
+
+def _blocks(settings: LoraSettings, module: str) -> tuple[int, int]:
+    """In how many blocks A and B lie."""
+    return (1, 1) if settings.blocks is None else settings.blocks.counts(module)
+
+
+def _check_known(shapes: ModuleShapes, expected: set[str]) -> None:
+    for parameter in _FORMAT.parameters.optional:
+        if parameter in shapes and parameter not in expected:
+            raise InvalidAdapterError(
+                f"Module {shapes.module[:200]!r} has {parameter}, which the options in "
+                f"{CONFIG_FILE} do not give it: the weights belong to another config; save the "
+                "adapter again from the trained model."
+            )
+
+
+_FORMAT = PeftFormat(
+    rules=KEY_RULES,
+    parameters=Parameters(
+        required=(),
+        optional=(*_LINEAR, *_EMBEDDING, _BIAS, _MAGNITUDE, _DIAGONAL),
+        ignored=_TRAINING_ONLY,
+    ),
+    outline_module=_outline_module,
+    read_module=_read_module,
+    settings=LoraSettings.of,
+)

@@ -13,6 +13,7 @@ from torch import Tensor
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.delta import Delta, Sparse
 from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.formats.csr import sparse_from_entries
 from polydelta.adapters_store.formats.files import Shape, to_float32
 from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import (
@@ -61,7 +62,7 @@ def read(
     check_modules(modules, layout)
     return {
         module: (
-            _sparse(
+            sparse_from_entries(
                 names[_INDICES],
                 _whole_numbers(names[_INDICES], tensors[names[_INDICES]]),
                 to_float32(names[_VALUES], tensors[names[_VALUES]]),
@@ -80,23 +81,3 @@ def _whole_numbers(name: str, indices: Tensor) -> Tensor:
     if indices.dtype.is_complex or indices.dtype == torch.bool:
         raise InvalidAdapterError(f"Tensor {name!r} is {indices.dtype}: indices must be integers.")
     return indices.to(torch.int64)
-
-
-def _sparse(name: str, indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Sparse:
-    """indices: [2, nnz] int64, rows and columns in any order; values: [nnz] float32."""
-    bounds = torch.tensor(shape).unsqueeze(1)
-    if ((indices < 0) | (indices >= bounds)).any():
-        raise InvalidAdapterError(
-            f"Tensor {name!r} points outside of the base model's layer of shape {list(shape)}: "
-            "the adapter was trained on another base."
-        )
-    rows, columns = indices
-    places, order = (rows * shape[1] + columns).sort()
-    if (places.diff() == 0).any():
-        raise InvalidAdapterError(
-            f"Tensor {name!r} names an entry twice, so its value is not certain: save the adapter "
-            "again from the trained model."
-        )
-    row_pointers = torch.zeros(shape[0] + 1, dtype=torch.int32)
-    row_pointers[1:] = rows.bincount(minlength=shape[0]).cumsum(0)
-    return Sparse(shape, row_pointers, columns[order].to(torch.int32), values[order])

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from polydelta.adapters_store.delta import Delta, LowRank, Sparse
-from polydelta.adapters_store.errors import InvalidAdapterError, StoreError
-from polydelta.adapters_store.reference import CONFIG_FILE, WEIGHTS_FILE
+from polydelta.adapters_store.base_layout import EMBEDDING
+from polydelta.adapters_store.delta import Bias, Delta, LowRank, Sparse
+from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.formats.adapter_folder import write_folder
 
 _PREFIX = "base_model.model."
 
@@ -27,14 +23,14 @@ def write_adapter(
 ) -> None:
     """Writes config and weights; the folder appears whole or not at all.
 
-    modules: as in `Adapter.modules`, all low-rank or all sparse, one delta each. base_name: what
-    the config says of the base, a folder or a hub id. dtype: of the weights.
+    modules: as in `Adapter.modules`, all low-rank or all sparse, one delta each; beside a low-rank
+    one there may be a bias. base_name: what the config says of the base, a folder or a hub id.
+    dtype: of the weights.
 
     SHiRA's files hold r * (in + out) entries for every module, with one r: where there are fewer,
     entries of 0 fill up. Raises InvalidAdapterError for what no such file can say, StoreError when
     the folder cannot be written.
     """
-    check_free(folder)
     low_rank, sparse = _by_kind(modules)
     config, tensors = _lora(low_rank) if low_rank else _shira(sparse)
     tensors = {name: _stored(name, tensor, dtype) for name, tensor in tensors.items()}
@@ -44,65 +40,30 @@ def write_adapter(
         "target_modules": sorted(modules),
         "task_type": "CAUSAL_LM",
     }
-    folder = folder.absolute()
-    # A sibling, so that the rename stays within one file system; hidden, so that nobody lists it.
-    half_done = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
-    try:
-        half_done.mkdir(parents=True)
-        # As bytes: safetensors' own files can be read by nobody but their owner.
-        _write(half_done / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-        _write(half_done / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True).encode())
-        half_done.rename(folder)
-    except OSError as error:
-        raise StoreError(
-            f"folder {str(folder)!r} cannot be written ({error.strerror or error}): make room, or "
-            "name another."
-        ) from None
-    finally:
-        shutil.rmtree(half_done, ignore_errors=True)
-
-
-def check_free(folder: Path) -> None:
-    """Raises StoreError when something is there already, other than an empty folder."""
-    try:
-        taken = any(folder.iterdir())
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StoreError(
-            f"folder {str(folder)!r} cannot be looked into ({error.strerror}): name another."
-        ) from None
-    if taken:
-        raise StoreError(
-            f"folder {str(folder)!r} is not empty, and nothing is written over: name another, or "
-            "remove it first."
-        )
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_folder(folder, config, tensors)
 
 
 def _by_kind(
     modules: Mapping[str, tuple[Delta, ...]],
-) -> tuple[dict[str, LowRank], dict[str, Sparse]]:
-    """Module path -> its delta; one of the two is empty. Raises InvalidAdapterError."""
-    low_rank: dict[str, LowRank] = {}
+) -> tuple[dict[str, tuple[LowRank, Bias | None]], dict[str, Sparse]]:
+    """Module path -> its deltas; one of the two is empty. Raises InvalidAdapterError."""
+    low_rank: dict[str, tuple[LowRank, Bias | None]] = {}
     sparse: dict[str, Sparse] = {}
     for name, deltas in modules.items():
-        kinds = [delta.kind for delta in deltas]
-        if len(deltas) == 1 and isinstance(deltas[0], LowRank):
-            low_rank[name] = deltas[0]
-        elif len(deltas) == 1 and isinstance(deltas[0], Sparse):
-            sparse[name] = deltas[0]
-        else:
-            raise InvalidAdapterError(
-                f"Module {name!r} has deltas of kinds {kinds}, but a file of PEFT's holds one for "
-                f"each module, of kind {LowRank.kind} or {Sparse.kind}: merge with a rank first."
-            )
+        match deltas:
+            case (LowRank() as delta,):
+                low_rank[name] = delta, None
+            case (LowRank() as delta, Bias() as bias):
+                low_rank[name] = delta, bias
+            case (Sparse() as entries,):
+                sparse[name] = entries
+            case _:
+                kinds = [delta.kind for delta in deltas]
+                raise InvalidAdapterError(
+                    f"Module {name!r} has deltas of kinds {kinds}, but a file of PEFT's holds one "
+                    f"for each module, of kind {LowRank.kind} or {Sparse.kind}: merge with a rank "
+                    "first."
+                )
     if low_rank and sparse:
         raise InvalidAdapterError(
             f"{next(iter(low_rank))!r} has a {LowRank.kind} delta and {next(iter(sparse))!r} a "
@@ -113,23 +74,39 @@ def _by_kind(
     return low_rank, sparse
 
 
-def _lora(modules: Mapping[str, LowRank]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _lora(
+    modules: Mapping[str, tuple[LowRank, Bias | None]],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    # One key of the config gives all modules a bias or none.
+    biased = any(bias is not None for _, bias in modules.values())
     tensors: dict[str, Tensor] = {}
-    for name, delta in modules.items():
+    for name, (delta, bias) in modules.items():
+        if name == EMBEDDING:
+            if biased:
+                raise InvalidAdapterError(
+                    f"The adapter changes {name!r} and biases, but PEFT's lora_bias does not go "
+                    "with an embedding: write a merged model instead."
+                )
+            tensors[f"{_PREFIX}{name}.lora_embedding_A"] = delta.a
+            tensors[f"{_PREFIX}{name}.lora_embedding_B"] = delta.b
+            continue
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = delta.a
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = delta.b
+        if biased:
+            vector = torch.zeros(delta.shape[0]) if bias is None else bias.vector
+            tensors[f"{_PREFIX}{name}.lora_B.bias"] = vector
     # The largest, because some servers size their buffers by it.
-    rank = max(delta.rank for delta in modules.values())
+    rank = max(delta.rank for delta, _ in modules.values())
     # alpha = r everywhere: a reader that knows no patterns still finds a scale of 1.
-    pattern = {re.escape(name): d.rank for name, d in modules.items() if d.rank != rank}
-    config = {
+    pattern = {re.escape(name): d.rank for name, (d, _) in modules.items() if d.rank != rank}
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
     }
-    return config, tensors
+    return config | ({"lora_bias": True} if biased else {}), tensors
 
 
 def _shira(modules: Mapping[str, Sparse]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -172,7 +149,8 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As it goes into the file. Raises InvalidAdapterError when numbers do not fit the dtype."""
     if not tensor.dtype.is_floating_point:
         return tensor.contiguous()
-    stored = tensor.to(dtype).contiguous()
+    # A copy: modules may share a tensor, which a file cannot.
+    stored = tensor.to(dtype, copy=True).contiguous()
     if not torch.isfinite(stored).all():
         raise InvalidAdapterError(
             f"dtype is {dtype}, but tensor {name!r} has numbers up to {tensor.abs().max():.3g}, "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.delta import Adapter
 from polydelta.adapters_store.errors import InvalidAdapterError
@@ -11,9 +13,14 @@ from polydelta.adapters_store.formats.files import (
     read_config_bytes,
     read_weights_bytes,
 )
+from polydelta.adapters_store.formats.modules import read_modules
 from polydelta.adapters_store.formats.peft_config import parse_config
+from polydelta.adapters_store.formats.quantized import dequantised
 from polydelta.adapters_store.formats.registry import format_of
 from polydelta.adapters_store.reference import AdapterRef, signature
+
+# Numbers in a quantised adapter for each one in the base: above that it is no adapter of this base.
+_MOST = 4
 
 
 def read_adapter(ref: AdapterRef, layout: BaseLayout) -> Adapter:
@@ -33,7 +40,9 @@ def read_adapter(ref: AdapterRef, layout: BaseLayout) -> Adapter:
             f"The files of adapter {ref.name!r} have changed since it was asked for: ask again for "
             f"{ref.id!r}."
         )
-    modules = parser.read(config, parse_weights(weights_bytes), layout)
+    limit = _MOST * sum(map(math.prod, layout.target_shapes.values()))
+    config, tensors = dequantised(config, parse_weights(weights_bytes), limit)
+    modules = read_modules(parser, config, tensors, layout)
     digest = content_digest(config_bytes, weights_bytes)
     if ref.digest not in (None, digest):
         raise InvalidAdapterError(

@@ -5,20 +5,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.adapters_store.base_layout import BaseLayout, BaseWeights
 from polydelta.engine.models.config import ModelConfig
 from polydelta.engine.models.layers import (
     MLP,
     Attention,
+    Norm,
     PagedAttention,
     RMSNorm,
     Rotation,
     fused_linears,
+    norm_parts,
 )
 from polydelta.engine.models.rope import rope_tables
 from polydelta.engine.models.weights import Weights
@@ -29,10 +32,14 @@ class DecoderLayer:
     def __init__(self, config: ModelConfig, layer: int, weights: Weights, kernels: Kernels):
         prefix, size, eps = f"model.layers.{layer}", config.hidden_size, config.rms_norm_eps
         linears = fused_linears(config)
-        self.attention_norm = RMSNorm(f"{prefix}.input_layernorm", size, eps, weights, kernels)
+        self.attention_norm: Norm = RMSNorm(
+            f"{prefix}.input_layernorm", size, eps, weights, kernels
+        )
         self.attention = Attention(config, layer, linears[:2], weights, kernels)
-        self.mlp_norm = RMSNorm(f"{prefix}.post_attention_layernorm", size, eps, weights, kernels)
-        self.mlp = MLP(config, layer, linears[2:], weights, kernels)
+        self.mlp_norm: Norm = RMSNorm(
+            f"{prefix}.post_attention_layernorm", size, eps, weights, kernels
+        )
+        self.mlp = MLP(layer, linears[2:], weights, kernels)
 
     def __call__(self, hidden: Tensor, rotation: Rotation, cache: PagedAttention) -> Tensor:
         hidden = self.attention(self.attention_norm(hidden), rotation, cache).add_(hidden)
@@ -45,6 +52,16 @@ class DecoderLayer:
         self.attention.o_proj = wrap(1, self.attention.o_proj)
         self.mlp.gate_up_proj = wrap(2, self.mlp.gate_up_proj)
         self.mlp.down_proj = wrap(3, self.mlp.down_proj)
+
+    def wrap_norms(self, wrap: Callable[[int, Norm], Norm]) -> None:
+        """Puts `wrap(index, norm)` in the place of each norm, the index being the one in
+        `BaseLayout.norms`."""
+        self.attention_norm = wrap(0, self.attention_norm)
+        self.mlp_norm = wrap(1, self.mlp_norm)
+        attention = self.attention
+        if attention.q_norm is not None and attention.k_norm is not None:
+            attention.q_norm = wrap(2, attention.q_norm)
+            attention.k_norm = wrap(3, attention.k_norm)
 
 
 class Decoder:
@@ -60,23 +77,29 @@ class Decoder:
     ) -> None:
         self.config = config
         embedding_shape = (config.vocab_size, config.hidden_size)
-        self.embedding = weights.take("model.embed_tokens.weight", embedding_shape)
+        embedding = weights.take("model.embed_tokens.weight", embedding_shape)
+        # tokens [tokens] int64 -> [tokens, hidden]
+        self.embed: Linear = partial(_embed, embedding)
         self.layers = [
             DecoderLayer(config, layer, weights, kernels) for layer in range(config.num_layers)
         ]
-        self.norm = RMSNorm("model.norm", config.hidden_size, config.rms_norm_eps, weights, kernels)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.norm: Norm = RMSNorm("model.norm", size, eps, weights, kernels)
         if config.tie_embeddings:
             weights.leave("lm_head.weight")  # some checkpoints store the tied copy too
-            head = self.embedding
+            head = embedding
         else:
             head = weights.take("lm_head.weight", embedding_shape)
-        self.lm_head = kernels.linear(head, None)
+        self.lm_head: Linear = kernels.linear(head, None)
         self.cos, self.sin = rope_tables(config.rope, config.head_dim, max_positions, dtype)
         weights.finish()
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, cache: PagedAttention) -> Tensor:
         """tokens, positions: `[tokens]` int64 -> `[tokens, hidden]`, before the last norm."""
-        hidden = F.embedding(tokens, self.embedding)
+        return self.forward_embedded(self.embed(tokens), positions, cache)
+
+    def forward_embedded(self, hidden: Tensor, positions: Tensor, cache: PagedAttention) -> Tensor:
+        """hidden: `[tokens, hidden]`, embeddings -> the same shape, before the last norm."""
         rotation = Rotation(self.cos[positions], self.sin[positions])
         for layer in self.layers:
             hidden = layer(hidden, rotation, cache)
@@ -87,7 +110,23 @@ class Decoder:
         return self.lm_head(self.norm(hidden)).float()
 
 
-def base_layout(config: ModelConfig, model_id: str) -> BaseLayout:
-    """What adapters need to know of this decoder."""
-    fingerprint = hashlib.sha256(f"{model_id}\n{config}".encode()).hexdigest()
-    return BaseLayout(fingerprint, config.num_layers, fused_linears(config))
+def _embed(embedding: Tensor, tokens: Tensor) -> Tensor:
+    return F.embedding(tokens, embedding)
+
+
+def base_layout(
+    config: ModelConfig, model_id: str, weights: BaseWeights | None = None
+) -> BaseLayout:
+    """What adapters need to know of this decoder; some formats need the weights, too."""
+    return BaseLayout(
+        hashlib.sha256(f"{model_id}\n{config}".encode()).hexdigest(),
+        config.num_layers,
+        fused_linears(config),
+        norm_parts(config),
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        tied=config.tie_embeddings,
+        weights=weights,
+    )

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from polydelta.engine.models.config import FAMILIES, ModelConfig, from_hf, token_ids
 from polydelta.engine.models.errors import ModelError
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+GENERATION_CONFIG = "generation_config.json"
 
 
 class HfFolder:
@@ -47,14 +48,18 @@ class HfFolder:
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """Of the generation config where there is one, else of the config."""
-        path = self.path / "generation_config.json"
+        path = self.path / GENERATION_CONFIG
         if path.is_file():
             ids = token_ids(self._json(path.name).get("eos_token_id"))
             return ids or self.config.eos_token_ids
         return self.config.eos_token_ids
 
+    def raw_config(self) -> dict[str, Any]:
+        """`config.json` as it is."""
+        return self._json("config.json")
+
     def _read_config(self) -> ModelConfig:
-        raw = self._json("config.json")
+        raw = self.raw_config()
         if raw.get("quantization_config"):
             raise ModelError(
                 f"{self.path.name} is a quantised checkpoint (quantization_config), which is not "
@@ -84,18 +89,18 @@ class HfFolder:
 
     def _locate_tensors(self) -> dict[str, str]:
         """Tensor name -> file name."""
-        if (self.path / _INDEX).is_file():
-            weight_map = self._json(_INDEX).get("weight_map")
+        if (self.path / INDEX).is_file():
+            weight_map = self._json(INDEX).get("weight_map")
             if not isinstance(weight_map, dict):
-                raise ModelError(f"{_INDEX} has no weight_map.")
+                raise ModelError(f"{INDEX} has no weight_map.")
             for file_name in sorted(set(weight_map.values())):
                 if Path(file_name).name != file_name or not (self.path / file_name).is_file():
-                    raise ModelError(f"{_INDEX} names {file_name!r}, which is not in the folder.")
+                    raise ModelError(f"{INDEX} names {file_name!r}, which is not in the folder.")
             return weight_map
-        if not (self.path / _SINGLE).is_file():
-            raise ModelError(f"{self.path} holds no {_SINGLE} and no {_INDEX}.")
+        if not (self.path / SINGLE).is_file():
+            raise ModelError(f"{self.path} holds no {SINGLE} and no {INDEX}.")
         self._files = {}
-        return dict.fromkeys(self._open(_SINGLE).keys(), _SINGLE)
+        return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
 
     def _open(self, file_name: str) -> Any:
         if file_name not in self._files:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from polydelta.adapters_store.base_layout import FusedLinear, LinearPart
+from polydelta.adapters_store.base_layout import FusedLinear, LinearPart, NormPart
 from polydelta.engine.models.config import ModelConfig
 from polydelta.engine.models.weights import Weights
 from polydelta.kernels.ops import Kernels, Linear
@@ -31,6 +31,21 @@ class Rotation:
     sin: Tensor
 
 
+class Norm(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """x: `[..., size]`; weight: `[size]`, in the place of its own."""
+
+
+def norm_parts(config: ModelConfig) -> tuple[NormPart, ...]:
+    """The norms of a block, in the order of `DecoderLayer.wrap_norms`."""
+    hidden = config.hidden_size
+    norms = (NormPart("input_layernorm", hidden), NormPart("post_attention_layernorm", hidden))
+    if not config.qk_norm:
+        return norms
+    heads = (NormPart(f"self_attn.{name}", config.head_dim) for name in ("q_norm", "k_norm"))
+    return (*norms, *heads)
+
+
 def fused_linears(config: ModelConfig) -> tuple[FusedLinear, ...]:
     """The four matrix products of a block, in the order in which a token meets them."""
     q, kv, hidden, inner = (
@@ -48,20 +63,24 @@ def fused_linears(config: ModelConfig) -> tuple[FusedLinear, ...]:
                 LinearPart("self_attn.k_proj", kv),
                 LinearPart("self_attn.v_proj", kv),
             ),
+            config.qkv_bias,
         ),
-        FusedLinear("self_attn.o_proj", q, (LinearPart("self_attn.o_proj", hidden),)),
+        FusedLinear(
+            "self_attn.o_proj", q, (LinearPart("self_attn.o_proj", hidden),), config.o_bias
+        ),
         FusedLinear(
             "mlp.gate_up_proj",
             hidden,
             (LinearPart("mlp.gate_proj", inner), LinearPart("mlp.up_proj", inner)),
+            config.mlp_bias,
         ),
-        FusedLinear("mlp.down_proj", inner, (LinearPart("mlp.down_proj", hidden),)),
+        FusedLinear(
+            "mlp.down_proj", inner, (LinearPart("mlp.down_proj", hidden),), config.mlp_bias
+        ),
     )
 
 
-def load_linear(
-    fused: FusedLinear, prefix: str, bias: bool, weights: Weights, kernels: Kernels
-) -> Linear:
+def load_linear(fused: FusedLinear, prefix: str, weights: Weights, kernels: Kernels) -> Linear:
     """Stacks the parts' weights, and their biases where the family has them."""
     stacked = torch.cat(
         [
@@ -72,7 +91,7 @@ def load_linear(
     biases = [
         weights.take(f"{prefix}.{part.name}.bias", (part.out_features,))
         for part in fused.parts
-        if bias
+        if fused.bias
     ]
     return kernels.linear(stacked, torch.cat(biases) if biases else None)
 
@@ -83,8 +102,9 @@ class RMSNorm:
         self.eps = eps
         self.kernels = kernels
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.kernels.rms_norm(x, self.weight, self.eps)
+    def __call__(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """weight: in the place of its own."""
+        return self.kernels.rms_norm(x, self.weight if weight is None else weight, self.eps)
 
 
 class Attention:
@@ -103,9 +123,10 @@ class Attention:
         self.layer = layer
         self.kernels = kernels
         qkv, output = linears
-        self.qkv_proj = load_linear(qkv, prefix, config.qkv_bias, weights, kernels)
-        self.o_proj = load_linear(output, prefix, config.o_bias, weights, kernels)
-        self.q_norm = self.k_norm = None
+        self.qkv_proj = load_linear(qkv, prefix, weights, kernels)
+        self.o_proj = load_linear(output, prefix, weights, kernels)
+        self.q_norm: Norm | None = None
+        self.k_norm: Norm | None = None
         if config.qk_norm:
             size, eps = config.head_dim, config.rms_norm_eps
             self.q_norm = RMSNorm(f"{prefix}.self_attn.q_norm", size, eps, weights, kernels)
@@ -129,18 +150,13 @@ class MLP:
     """Gated feed-forward: `down(silu(gate(x)) * up(x))`."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        layer: int,
-        linears: Sequence[FusedLinear],
-        weights: Weights,
-        kernels: Kernels,
+        self, layer: int, linears: Sequence[FusedLinear], weights: Weights, kernels: Kernels
     ) -> None:
         prefix = f"model.layers.{layer}"
         gate_up, down = linears
         self.kernels = kernels
-        self.gate_up_proj = load_linear(gate_up, prefix, config.mlp_bias, weights, kernels)
-        self.down_proj = load_linear(down, prefix, config.mlp_bias, weights, kernels)
+        self.gate_up_proj = load_linear(gate_up, prefix, weights, kernels)
+        self.down_proj = load_linear(down, prefix, weights, kernels)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.down_proj(self.kernels.silu_mul(self.gate_up_proj(x)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -28,6 +29,15 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self._tokenizer)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        token_id: int | None = self._tokenizer.bos_token_id
+        return token_id
+
+    def save(self, folder: Path) -> None:
+        """Writes what transformers needs to make it again, the chat template included."""
+        self._tokenizer.save_pretrained(folder)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids

@@ -2,35 +2,81 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polydelta.kernels.cpu.native import NativeLibrary, NativeLowRank
-from polydelta.kernels.ops import AddDelta, LowRankWeights, SparseWeights
+from polydelta.kernels.cpu.native import NativeLibrary
+from polydelta.kernels.cpu.native_deltas import bind
+from polydelta.kernels.delta_weights import (
+    AddWeights,
+    ChangeWeights,
+    CirculantWeights,
+    KroneckerWeights,
+    LowRankWeights,
+    OneBitWeights,
+    SparseWeights,
+)
+from polydelta.kernels.ops import AddDelta, ChangeOutput
+from polydelta.kernels.reference_deltas import add_delta as add_by_reference, change_output
 
-# Up to so many rows, a bfloat16 delta goes to our own kernel. On a 2-core Zen 5, for q, k, v of a
-# 576-wide model, torch against ours: rank 8 and 1 row 39 -> 3 us, rank 32 and 2 rows 65 -> 11 us,
-# rank 64 and 16 rows 109 -> 105 us. (float32 has none: its small products cost torch 3 us each.)
+# Up to so many rows, a bfloat16 delta goes to our own kernel, which reads its weights once and has
+# no overhead, but computes row by row. On a 2-core Zen 5, for q, k, v of a 576-wide model, torch
+# against ours: rank 8 and 1 row 39 -> 3 us, rank 32 and 2 rows 65 -> 11 us, rank 64 and 16 rows
+# 109 -> 105 us. (float32 has none: its small products cost torch 3 us each.)
 NATIVE_ROWS = 16
+# Of kinds whose products torch does faster for several rows at once.
+FEW_ROWS = {SparseWeights: 4, KroneckerWeights: 4, CirculantWeights: 2}
 
 
-def low_rank(weights: LowRankWeights, library: NativeLibrary | None) -> AddDelta:
-    """y `[tokens, out]` += `x @ A.T @ B.T`."""
-    if library is None or weights.a.dtype != torch.bfloat16:
-        return lambda y, x: _add_products(y, x, weights)
-    native = NativeLowRank(library, weights)
+def add_delta(weights: AddWeights, library: NativeLibrary | None) -> AddDelta:
+    """See `ops.Kernels.add_delta`. Matrices have the dtype of x and y."""
+    for_many = _for_many_rows(weights, library)
+    if library is None:
+        return for_many
+    native = bind(library, weights)
+    most = FEW_ROWS.get(type(weights), NATIVE_ROWS)
 
     def add(y: Tensor, x: Tensor) -> None:
-        if x.shape[0] <= NATIVE_ROWS and x.stride(1) == y.stride(1) == 1:
+        adjacent = x.stride(1) == y.stride(1) == 1
+        if x.shape[0] <= most and adjacent and x.dtype == torch.bfloat16:
             native.add(y, x)
         else:
-            _add_products(y, x, weights)
+            for_many(y, x)
 
     return add
 
 
-def _add_products(y: Tensor, x: Tensor, weights: LowRankWeights) -> None:
+def change(weights: ChangeWeights, library: NativeLibrary | None) -> ChangeOutput:
+    """See `ops.Kernels.change_output`."""
+    if library is None:
+        return partial(change_output, weights)
+    native = bind(library, weights)
+
+    def change(y: Tensor) -> None:
+        if y.dtype == torch.bfloat16 and y.stride(1) == 1:
+            native.change(y)
+        else:
+            change_output(weights, y)
+
+    return change
+
+
+def _for_many_rows(weights: AddWeights, library: NativeLibrary | None) -> AddDelta:
+    match weights:
+        case LowRankWeights():
+            return partial(_add_low_rank, weights)
+        case SparseWeights():
+            return partial(_add_sparse, weights)
+        case OneBitWeights() if library is not None:
+            return partial(_add_one_bit, weights, library)
+        case _:
+            return partial(add_by_reference, weights)
+
+
+def _add_low_rank(weights: LowRankWeights, y: Tensor, x: Tensor) -> None:
     shrunk = F.linear(x, weights.a)
     for block in weights.blocks:
         rank, out_features = block.b_t.shape
@@ -38,13 +84,10 @@ def _add_products(y: Tensor, x: Tensor, weights: LowRankWeights) -> None:
         columns.addmm_(shrunk.narrow(1, block.rank_start, rank), block.b_t)
 
 
-def add_sparse(weights: SparseWeights, y: Tensor, x: Tensor) -> None:
-    """y `[tokens, out]` += `x @ dW.T`.
-
-    A row of dW times x is a weighted sum of rows of x transposed: an embedding bag, whose kernel
+def _add_sparse(weights: SparseWeights, y: Tensor, x: Tensor) -> None:
+    """A row of dW times x is a weighted sum of rows of x transposed: an embedding bag, whose kernel
     is vectorised over tokens (at 1% density and 16 tokens 15 times faster than gather and
-    index_add, 3 times faster than writing dW out in full).
-    """
+    index_add, 3 times faster than writing dW out in full)."""
     delta = F.embedding_bag(
         weights.columns,
         x.t().contiguous(),
@@ -54,3 +97,13 @@ def add_sparse(weights: SparseWeights, y: Tensor, x: Tensor) -> None:
         include_last_offset=True,
     )
     y.add_(delta.t())
+
+
+def _add_one_bit(weights: OneBitWeights, library: NativeLibrary, y: Tensor, x: Tensor) -> None:
+    """With the signs written out, which takes as long as reading them from memory would."""
+    if x.dtype != torch.bfloat16:
+        add_by_reference(weights, y, x)
+        return
+    signs = library.unpack_signs(weights.bits, x.shape[1])
+    added = F.linear(x, signs).mul_(weights.scale)
+    y.narrow(1, weights.out_start, len(signs)).add_(added)

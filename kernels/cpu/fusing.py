@@ -15,8 +15,8 @@ from torch import Tensor
 
 from polydelta.kernels.cpu.native import NativeLibrary
 from polydelta.kernels.cpu.packed_layout import PackedLayout, layout_of, memory_of, pack
+from polydelta.kernels.delta_weights import LowRankWeights, SparseWeights
 from polydelta.kernels.fusing import FusableWeight, Fused, FusedWeight, entry_rows, with_deltas
-from polydelta.kernels.ops import LowRankWeights, SparseWeights
 
 
 class FusedEntries(Fused):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +10,13 @@ from torch import Tensor
 
 from polydelta.kernels.cpu import attention, deltas, native
 from polydelta.kernels.cpu.linear import PackedLinear
+from polydelta.kernels.delta_weights import AddWeights, ChangeWeights
 from polydelta.kernels.ops import (
     AddDelta,
     AttentionShape,
+    ChangeOutput,
     FusableLinear,
-    LowRankWeights,
     SequenceSlice,
-    SparseWeights,
 )
 from polydelta.kernels.reference import DenseLinear
 
@@ -62,8 +61,8 @@ class CpuKernels:
     def attention(self, plan: attention.AttentionPlan, queries: Tensor, kv: Tensor) -> Tensor:
         return attention.attend(plan, queries, kv)
 
-    def low_rank(self, weights: LowRankWeights) -> AddDelta:
-        return deltas.low_rank(weights, self._native)
+    def add_delta(self, weights: AddWeights) -> AddDelta:
+        return deltas.add_delta(weights, self._native)
 
-    def sparse(self, weights: SparseWeights) -> AddDelta:
-        return partial(deltas.add_sparse, weights)
+    def change_output(self, weights: ChangeWeights) -> ChangeOutput:
+        return deltas.change(weights, self._native)

@@ -14,8 +14,8 @@ from torch import Tensor
 from polydelta.kernels.cpu import fusing
 from polydelta.kernels.cpu.native import NativeLibrary
 from polydelta.kernels.cpu.packed_layout import pack
+from polydelta.kernels.delta_weights import LowRankWeights, SparseWeights
 from polydelta.kernels.fusing import FusableWeight, Fused
-from polydelta.kernels.ops import LowRankWeights, SparseWeights
 
 
 class PackedLinear(FusableWeight):

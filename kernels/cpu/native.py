@@ -19,9 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from polydelta.kernels.ops import LowRankWeights
-
-_SOURCES = ("low_rank.c", "fusing.c")
+# Compiled as one, in this order.
+_SOURCES = ("bfloat16.c", "low_rank.c", "deltas.c", "one_bit.c", "fusing.c")
+_DELTAS = (
+    "add_low_rank", "add_sparse", "add_columns", "add_rows", "add_kronecker", "add_circulant",
+    "add_top_k", "add_one_bit", "scale", "rotate",
+)  # fmt: skip
 # Sums may be taken in any order, or no loop of them becomes vectors. Not -ffast-math: a library
 # linked with it switches subnormal numbers off in the whole process when it is loaded.
 _FLAGS = (
@@ -35,81 +38,24 @@ _FLAGS = (
 )
 
 
-class _Block(ctypes.Structure):
-    _fields_ = (
-        ("out_start", ctypes.c_int64),
-        ("out_features", ctypes.c_int64),
-        ("rank_start", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
-        ("b_t", ctypes.c_void_p),
-        ("b_stride", ctypes.c_int64),
-    )
-
-
-class _LowRank(ctypes.Structure):
-    _fields_ = (
-        ("in_features", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
-        ("a", ctypes.c_void_p),
-        ("a_stride", ctypes.c_int64),
-        ("num_blocks", ctypes.c_int64),
-        ("blocks", ctypes.c_void_p),
-    )
-
-
-class NativeLowRank:
-    """The compiled kernel, bound to one delta's weights (bfloat16). Keeps them alive."""
-
-    def __init__(self, library: NativeLibrary, weights: LowRankWeights) -> None:
-        self._library = library
-        self._weights = weights
-        self._blocks = (_Block * len(weights.blocks))(
-            *(
-                _Block(
-                    block.out_start,
-                    block.b_t.shape[1],
-                    block.rank_start,
-                    block.b_t.shape[0],
-                    block.b_t.data_ptr(),
-                    block.b_t.stride(0),
-                )
-                for block in weights.blocks
-            )
-        )
-        rank, in_features = weights.a.shape
-        self._delta = _LowRank(
-            in_features,
-            rank,
-            weights.a.data_ptr(),
-            weights.a.stride(0),
-            len(weights.blocks),
-            ctypes.addressof(self._blocks),
-        )
-        self._address = ctypes.addressof(self._delta)
-        self._scratch_per_row = in_features + rank
-        self._scratch_once = max(block.b_t.shape[1] for block in weights.blocks)
-
-    def add(self, y: Tensor, x: Tensor) -> None:
-        """y `[rows, out]` += `x @ A.T @ B.T` in place; columns of both are adjacent."""
-        rows = x.shape[0]
-        scratch = self._library.scratch(rows * self._scratch_per_row + self._scratch_once)
-        self._library.add_low_rank(
-            y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), rows, self._address, scratch
-        )
-
-
 class NativeLibrary:
     """The loaded library and its workspace; for one thread at a time."""
 
     def __init__(self, path: Path) -> None:
         # PyDLL: the calls take microseconds, less than giving the interpreter's lock away and back.
         library = ctypes.PyDLL(str(path))
-        self.add_low_rank = library.polydelta_add_low_rank
         integer, pointer = ctypes.c_int64, ctypes.c_void_p
-        self.add_low_rank.argtypes = (
-            pointer, integer, pointer, integer, integer, pointer, pointer,
-        )  # fmt: skip
-        self.add_low_rank.restype = None
+        # By what they are called in C: y, its stride, x, its stride, rows, columns of x, a struct
+        # with the delta, scratch.
+        self.deltas = {name: getattr(library, f"polydelta_{name}") for name in _DELTAS}
+        for function in self.deltas.values():
+            function.argtypes = (
+                pointer, integer, pointer, integer, integer, integer, pointer, pointer,
+            )  # fmt: skip
+            function.restype = None
+        self._unpack_signs = library.polydelta_unpack_signs
+        self._unpack_signs.argtypes = (pointer, pointer, integer, integer, integer)
+        self._unpack_signs.restype = None
         # By the bytes of an element.
         self._scatters = {2: library.polydelta_scatter_16, 4: library.polydelta_scatter_32}
         for scatter in self._scatters.values():
@@ -122,6 +68,14 @@ class NativeLibrary:
         if self._scratch.numel() < count:
             self._scratch = torch.empty(count)
         return self._scratch.data_ptr()
+
+    def unpack_signs(self, bits: Tensor, in_features: int) -> Tensor:
+        """bits: `OneBitWeights.bits` -> `[out, in]` bfloat16, 1 and -1."""
+        signs = torch.empty(len(bits), in_features, dtype=torch.bfloat16)
+        self._unpack_signs(
+            signs.data_ptr(), bits.data_ptr(), bits.stride(0), len(bits), in_features
+        )
+        return signs
 
     def scatter(self, memory: Tensor, places: Tensor, values: Tensor) -> None:
         """`memory[places] = values`, for 2 or 4 bytes an element; the quicker the more the places

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from polydelta.adapters_store.base_layout import BaseLayout, FusedLinear, LinearPart
+from polydelta.adapters_store.base_layout import BaseLayout, FusedLinear, LinearPart, NormPart
 from polydelta.adapters_store.delta import Adapter
 from polydelta.adapters_store.formats import read_adapter
 from polydelta.adapters_store.reference import AdapterRef
 
-HIDDEN, KV, INTERMEDIATE, LAYERS = 36, 12, 52, 3
+HIDDEN, KV, INTERMEDIATE, LAYERS, VOCAB = 36, 12, 52, 3, 40
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "LORA": {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]},
@@ -27,49 +27,100 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def layout() -> BaseLayout:
+def make_layout(model: LlamaForCausalLM | None = None) -> BaseLayout:
+    """With the model's weights, where one is given."""
+    config = LlamaConfig() if model is None else model.config
+    biased, mlp_biased = bool(config.attention_bias), bool(config.mlp_bias)
+    linears = (
+        FusedLinear(
+            "self_attn.qkv_proj",
+            HIDDEN,
+            (
+                LinearPart("self_attn.q_proj", HIDDEN),
+                LinearPart("self_attn.k_proj", KV),
+                LinearPart("self_attn.v_proj", KV),
+            ),
+            biased,
+        ),
+        FusedLinear("self_attn.o_proj", HIDDEN, (LinearPart("self_attn.o_proj", HIDDEN),), biased),
+        FusedLinear(
+            "mlp.gate_up_proj",
+            HIDDEN,
+            (LinearPart("mlp.gate_proj", INTERMEDIATE), LinearPart("mlp.up_proj", INTERMEDIATE)),
+            mlp_biased,
+        ),
+        FusedLinear(
+            "mlp.down_proj", INTERMEDIATE, (LinearPart("mlp.down_proj", HIDDEN),), mlp_biased
+        ),
+    )
     return BaseLayout(
         "tiny",
         LAYERS,
-        (
-            FusedLinear(
-                "self_attn.qkv_proj",
-                HIDDEN,
-                (
-                    LinearPart("self_attn.q_proj", HIDDEN),
-                    LinearPart("self_attn.k_proj", KV),
-                    LinearPart("self_attn.v_proj", KV),
-                ),
-            ),
-            FusedLinear("self_attn.o_proj", HIDDEN, (LinearPart("self_attn.o_proj", HIDDEN),)),
-            FusedLinear(
-                "mlp.gate_up_proj",
-                HIDDEN,
-                (
-                    LinearPart("mlp.gate_proj", INTERMEDIATE),
-                    LinearPart("mlp.up_proj", INTERMEDIATE),
-                ),
-            ),
-            FusedLinear("mlp.down_proj", INTERMEDIATE, (LinearPart("mlp.down_proj", HIDDEN),)),
-        ),
+        linears,
+        (NormPart("input_layernorm", HIDDEN), NormPart("post_attention_layernorm", HIDDEN)),
+        hidden_size=HIDDEN,
+        vocab_size=VOCAB,
+        num_kv_heads=1,
+        head_dim=KV,
+        tied=bool(config.tie_word_embeddings),
+        weights=None if model is None else ModelWeights(model),
     )
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """A transformers model's weights, as formats ask for them."""
+
+    model: LlamaForCausalLM
+
+    def read(self, name: str) -> Tensor:
+        return self.model.state_dict()[name].float()
+
+
+def make_model(**config: Any) -> LlamaForCausalLM:
+    """With weights and biases that are all random."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            **{
+                "hidden_size": HIDDEN,
+                "intermediate_size": INTERMEDIATE,
+                "num_hidden_layers": LAYERS,
+                "num_attention_heads": 3,
+                "num_key_value_heads": 1,
+                "head_dim": KV,
+                "vocab_size": VOCAB,
+                **config,
+            }
+        )
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="session")
+def layout() -> BaseLayout:
+    """Without weights."""
+    return make_layout()
 
 
 @pytest.fixture
 def base_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=HIDDEN,
-            intermediate_size=INTERMEDIATE,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=3,
-            num_key_value_heads=1,
-            head_dim=12,
-            vocab_size=40,
-        )
-    )
+    return make_model()
+
+
+@pytest.fixture
+def biased_model() -> LlamaForCausalLM:
+    """With a bias on each of its linear layers."""
+    return make_model(attention_bias=True, mlp_bias=True)
+
+
+@pytest.fixture
+def layout_of() -> Callable[[LlamaForCausalLM], BaseLayout]:
+    """The layout of a model with its weights."""
+    return make_layout
 
 
 def lora_tensors(

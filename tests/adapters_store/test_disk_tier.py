@@ -19,7 +19,7 @@ from polydelta.adapters_store.disk_tier import DiskTier, FolderLoader
 from polydelta.adapters_store.errors import InvalidAdapterError, StoreError
 from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.adapters_store.formats.files import folder_digest
-from polydelta.adapters_store.packing import PackedAdapter
+from polydelta.adapters_store.packed import PackedAdapter
 from polydelta.adapters_store.reference import AdapterRef
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -16,7 +16,7 @@ from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.adapters_store.formats.files import folder_digest
 from polydelta.adapters_store.host_store import HostStore
-from polydelta.adapters_store.packing import PackedAdapter
+from polydelta.adapters_store.packed import PackedAdapter
 from polydelta.adapters_store.reference import AdapterRef
 
 Open = Callable[..., HostStore]

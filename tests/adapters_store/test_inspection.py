@@ -38,10 +38,27 @@ def test_a_shira_has_no_ranks(adapter_files: Any) -> None:
     assert summary.modules_by_name == {"q_proj": 1}
 
 
+def test_all_kinds_of_deltas_are_told(
+    adapter_files: Any, make_lora_tensors: Callable[..., dict[str, Tensor]]
+) -> None:
+    q_proj, prefix = "model.layers.0.self_attn.q_proj", "base_model.model."
+    tensors = {
+        **make_lora_tensors(q_proj),
+        f"{prefix}{q_proj}.lora_magnitude_vector": torch.ones(36),
+        f"{prefix}model.norm.weight": torch.ones(36),
+        f"{prefix}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 36),
+    }
+    options = {"use_dora": True, "trainable_token_indices": [3], "modules_to_save": ["model.norm"]}
+    summary = inspect(adapter_files.write("mine", tensors, **options))
+    assert summary.kinds == ("LowRank", "NormWeight", "Scale", "TokenRows")
+    assert (summary.ranks, summary.problem) == ((2,), None)
+    assert summary.modules_by_name == {"embed_tokens": 1, "norm": 1, "q_proj": 1}
+
+
 def test_what_would_refuse_an_adapter_is_its_problem(adapter_files: Any) -> None:
-    summary = inspect(adapter_files.lora(use_dora=True))
+    summary = inspect(adapter_files.lora(layer_replication=[[0, 4]]))
     assert summary.problem is not None
-    assert "use_dora" in summary.problem
+    assert "layer_replication" in summary.problem
     assert (summary.format, summary.modules, summary.kinds) == ("LORA", 0, ())
 
 

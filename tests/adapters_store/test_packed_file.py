@@ -22,7 +22,8 @@ from polydelta.adapters_store.packed_file import (
     read_packed,
     write_packed,
 )
-from polydelta.adapters_store.packing import ALIGNMENT, PackedAdapter, PackedLayer, pack
+from polydelta.adapters_store.packed import ALIGNMENT, PackedAdapter, PackedLayer
+from polydelta.adapters_store.packing import pack
 
 Make = Callable[..., PackedAdapter]
 
@@ -162,7 +163,7 @@ def test_a_file_of_another_version_is_unreadable(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as other:
-        other.setattr(packed_file, "MAGIC", MAGIC.replace(b"2", b"3"))
+        other.setattr(packed_file, "MAGIC", MAGIC.replace(b"packed", b"folded"))
         write_packed(make(), tmp_path / "file")
     with pytest.raises(UnreadableFileError, match="of another version"):
         read_packed(tmp_path / "file")

@@ -12,20 +12,24 @@ import pytest
 from polydelta.adapters_store.composition import Share, combine
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.reference import AdapterRef
+from polydelta.adapters_store.traits import AdapterTraits
 from polydelta.engine.adapter_control import AdapterControl
+from polydelta.engine.batch import AdapterRows, Batch, build_batch
 from polydelta.engine.eviction import CostModel
+from polydelta.engine.host_adapter import HostAdapter
 from polydelta.engine.kv_cache import KVCache
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.models.tokenizer import Tokenizer
 from polydelta.engine.pool import PagePool
 from polydelta.engine.request import GenerationRequest, SamplingParams
-from polydelta.engine.residency import HostAdapter, Residency
+from polydelta.engine.residency import Residency
 from polydelta.engine.scheduler import Scheduler, SchedulerLimits
-from polydelta.engine.sequence import SampledToken, Schedule, ScheduledSequence, Sequence
+from polydelta.engine.sequence import SampledToken, Schedule, Sequence
 from polydelta.engine.stats import StatsRecorder
 
 PAGE_BYTES = 100
 VOCABULARY = 50
+ORDINARY = AdapterTraits()
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class FakeAdapter:
 
     digest: str
     bytes_per_layer: int
+    traits: AdapterTraits = ORDINARY
 
     @property
     def nbytes(self) -> int:
@@ -42,19 +47,20 @@ class FakeAdapter:
 
 @dataclass(frozen=True)
 class FakeBound:
-    """An adapter in the pool: where it should lie, and what should be there."""
+    """An adapter in the pool: what should lie in which pages."""
 
-    digest: str
-    pages: tuple[int, ...]
+    content: Mapping[int, list[object]]
 
 
 @dataclass
 class FakeHost:
     """A host tier whose loads end when the test says so."""
 
-    # Adapter id -> size in pages, and digest where it is not the id itself.
+    # Adapter id -> size of its weights in pages, digest where it is not the id itself, and what
+    # it does to whole sequences where it is not an ordinary one.
     sizes: Mapping[str, int]
     digests: Mapping[str, str] = field(default_factory=dict)
+    traits: Mapping[str, AdapterTraits] = field(default_factory=dict)
     # Every load that was asked for, and those that have not ended.
     asked: list[str] = field(default_factory=list)
     pending: list[tuple[AdapterRef, Future[HostAdapter]]] = field(default_factory=list)
@@ -75,8 +81,16 @@ class FakeHost:
     def finish(self, adapter_id: str | None = None) -> None:
         """Ends the pending loads of one adapter, or all."""
         for ref, future in self._take(adapter_id):
-            digest = self.digests.get(ref.id, f"digest of {ref.id}")
-            future.set_result(FakeAdapter(digest, self.sizes[ref.id] * PAGE_BYTES - 1))
+            future.set_result(
+                FakeAdapter(
+                    self.digest(ref),
+                    max(0, self.sizes[ref.id] * PAGE_BYTES - 1),
+                    self.traits.get(ref.id, ORDINARY),
+                )
+            )
+
+    def digest(self, ref: AdapterRef) -> str:
+        return self.digests.get(ref.id, f"digest of {ref.id}")
 
     def fail(self, adapter_id: str | None, error: str) -> None:
         for _, future in self._take(adapter_id):
@@ -93,9 +107,10 @@ def make_ref(adapter_id: str) -> AdapterRef:
 
 
 class World:
-    """A scheduler and its managers. Memory holds names in place of numbers: of a token's KV, the
-    digest and the tokens that it follows from; of an adapter's page, its digest. Every step checks
-    that what it reads is what it should be."""
+    """A scheduler and its managers. Memory holds names in place of numbers: of a token's KV, all
+    tokens that it follows from and the digests of the adapters that acted on them; of a page of an
+    adapter's weights, its digest. Every step checks that what it reads is what it should be, by
+    the very batch that the engine makes of its schedule."""
 
     def __init__(
         self,
@@ -106,15 +121,20 @@ class World:
         prefix_caching: bool = True,
         adapters: Mapping[str, int] | None = None,
         digests: Mapping[str, str] | None = None,
+        traits: Mapping[str, AdapterTraits] | None = None,
+        max_positions: int = 10_000,
     ) -> None:
+        """adapters: weights of each, in pages."""
         self.block_size = block_size
-        self.limits = SchedulerLimits(max_batch_tokens, max_batch_size)
+        self.limits = SchedulerLimits(max_batch_tokens, max_batch_size, max_positions)
         self.pool = PagePool(num_pages)
-        self.host = FakeHost(adapters or {}, digests or {})
+        self.host = FakeHost(adapters or {}, digests or {}, traits or {})
         costs = CostModel()
         self.kv = KVCache(self.pool, block_size, costs, prefix_caching)
         self.num_wakes = 0
-        self.residency = Residency(self.pool, PAGE_BYTES, self.host, self._bind, costs, self._wake)
+        self.residency = Residency(
+            self.pool, PAGE_BYTES, block_size, self.host, self._bind, costs, self._wake
+        )
         self.scheduler = Scheduler(self.limits, self.pool, self.kv, self.residency)
         self.control = AdapterControl(self.pool, self.kv, self.residency, self.scheduler)
         self.recorder = StatsRecorder(self.pool, self.kv, self.residency, costs)
@@ -178,7 +198,10 @@ class World:
         self.scheduler.commit(schedule, tokens)
         for scheduled in schedule:
             sequence = scheduled.sequence
-            if sequence.num_output_tokens == sequence.request.sampling.max_tokens:
+            enough = sequence.num_output_tokens == sequence.request.sampling.max_tokens
+            tokens_in_all = sequence.num_tokens + self.num_virtual(sequence)
+            assert self.scheduler.is_full(sequence) == (tokens_in_all >= self.limits.max_positions)
+            if enough or self.scheduler.is_full(sequence):
                 self.scheduler.remove(sequence)
                 self.finished.append(sequence)
         self.recorder.step(schedule, tokens, 0.01)
@@ -209,7 +232,7 @@ class World:
         assert len(self.scheduler.running) <= self.limits.max_batch_size
         owners: dict[int, list[tuple[Sequence, int]]] = {}
         for sequence in self.scheduler.running:
-            assert len(sequence.block_table) * self.block_size >= sequence.num_computed
+            assert self._places(sequence) >= sequence.num_computed
             for index, page in enumerate(sequence.block_table):
                 owners.setdefault(page, []).append((sequence, index))
         for users in owners.values():
@@ -217,17 +240,39 @@ class World:
             assert len(users) == 1 or published, "a page that was not published has two users"
         for sequence in self.scheduler.waiting:
             assert not sequence.block_table
+            assert (sequence.prefix_pages, sequence.prefix_rest) == ([], None)
 
-    def namespace(self, sequence: Sequence) -> str:
-        return "+".join(sorted(map(self.residency.digest, sequence.adapter_refs)))
+    def traits(self, sequence: Sequence) -> list[AdapterTraits]:
+        return [self.host.traits.get(ref.id, ORDINARY) for ref in sequence.adapter_refs]
+
+    def num_virtual(self, sequence: Sequence) -> int:
+        return sum(traits.num_prefix_tokens for traits in self.traits(sequence))
+
+    def activation(self, sequence: Sequence) -> int | None:
+        """Index of the first token that the adapters act on; None when there is none."""
+        prompt = sequence.request.prompt_token_ids
+        for traits in self.traits(sequence):
+            wanted = traits.invocation
+            if wanted:
+                ends = range(len(wanted), len(prompt) + 1)
+                found = [e for e in ends if prompt[e - len(wanted) : e] == wanted]
+                return found[-1] - len(wanted) if found else None
+        return 0
 
     def _wake(self) -> None:
         self.num_wakes += 1
 
     def _bind(self, packed: HostAdapter, pages: Seq[int]) -> FakeBound:
-        for page in pages:
-            self.memory[page] = [packed.digest] * self.block_size
-        return FakeBound(packed.digest, tuple(pages))
+        """The weights' pages first, then those of its virtual tokens, page by page."""
+        num_virtual, size = packed.traits.num_prefix_tokens, self.block_size
+        num_prefix_pages = -(-num_virtual // size)
+        num_weight_pages = len(pages) - num_prefix_pages
+        content = {page: [packed.digest] * size for page in pages[:num_weight_pages]}
+        virtual = [*virtual_content(packed.digest, num_virtual), *[None] * size]
+        for number, page in enumerate(pages[num_weight_pages:]):
+            content[page] = virtual[number * size : (number + 1) * size]
+        self.memory |= {page: list(places) for page, places in content.items()}
+        return FakeBound(content)
 
     def _check_schedule(self, schedule: Schedule, rests: bool) -> None:
         assert sum(s.num_tokens for s in schedule) <= self.limits.max_batch_tokens
@@ -237,37 +282,89 @@ class World:
             sequence = scheduled.sequence
             assert 1 <= scheduled.num_tokens <= sequence.num_uncomputed
             assert sequence in self.scheduler.running
-            room = len(sequence.block_table) * self.block_size
-            assert room >= scheduled.start + scheduled.num_tokens
+            assert self._places(sequence) >= scheduled.start + scheduled.num_tokens
         if rests and self.live:
             # The engine sleeps now, and only a load that ends can wake it.
             loading = {ref for ref, _ in self.host.pending}
             needed = {ref for s in self.live for ref in s.adapter_refs}
             assert needed & loading, "would sleep for ever"
 
+    def _places(self, sequence: Sequence) -> int:
+        """Room for tokens in a sequence's own pages, beside its adapter's last virtual ones."""
+        shared = self.num_virtual(sequence) % self.block_size
+        return len(sequence.block_table) * self.block_size - shared
+
     def _compute(self, schedule: Schedule) -> None:
-        for scheduled in schedule:
-            self._visit(scheduled, write=True)
-        for scheduled in schedule:
-            self._visit(scheduled, write=False)
-            for ref in scheduled.sequence.adapter_refs:
+        """What the runner does: copies pages, stores the step's KV, reads all that it looks at."""
+        if not schedule:
+            return
+        batch = build_batch(schedule, self.block_size)
+        self._check_rows(batch)
+        due = [s.sequence for s in batch.scheduled if not s.start and self._is_shifted(s.sequence)]
+        assert [target for _, target in batch.page_copies] == [s.block_table[0] for s in due]
+        for source, target in batch.page_copies:
+            self.memory[target] = list(self.memory[source])
+        positions, slots = batch.positions.tolist(), batch.slots.tolist()
+        contents = {s.sequence: self._content(s.sequence) for s in schedule}
+        for item, part in zip(batch.scheduled, batch.slices, strict=True):
+            for row in range(part.start, part.start + part.length):
+                page, place = divmod(slots[row], self.block_size)
+                self.memory[page][place] = contents[item.sequence][positions[row]]
+        for item, part in zip(batch.scheduled, batch.slices, strict=True):
+            pages = [self.memory[page] for page in part.pages]
+            read = [place for page in pages for place in page][: part.context]
+            assert read == contents[item.sequence][: part.context], "reads KV that is not its own"
+            for ref in item.sequence.adapter_refs:
                 bound = self.scheduler.bound_adapter(ref)
                 assert isinstance(bound, FakeBound)
-                for page in bound.pages:
-                    assert self.memory[page] == [bound.digest] * self.block_size
+                for page, content in bound.content.items():
+                    assert self.memory[page] == content, "somebody wrote into an adapter's page"
 
-    def _visit(self, scheduled: ScheduledSequence, write: bool) -> None:
-        """Writes the KV of a step's tokens, or reads all that they look at."""
-        sequence, first = scheduled.sequence, scheduled.start
-        content = hash(self.namespace(sequence))
-        for position in range(first + scheduled.num_tokens):
-            content = hash((content, sequence.token_ids[position]))
-            page = self.memory[sequence.block_table[position // self.block_size]]
-            place = position % self.block_size
-            if not write:
-                assert page[place] == content, "reads KV that is not its own"
-            elif position >= first:
-                page[place] = content
+    def _is_shifted(self, sequence: Sequence) -> bool:
+        return self.num_virtual(sequence) % self.block_size > 0
+
+    def _content(self, sequence: Sequence) -> list[object]:
+        """KV of the virtual tokens and of all others, in the order of their positions."""
+        digests = "+".join(map(self.host.digest, sequence.adapter_refs))
+        activation = self.activation(sequence)
+        contents = virtual_content(digests, self.num_virtual(sequence))
+        for index, token in enumerate(sequence.token_ids):
+            acts = activation is not None and index >= activation
+            before = contents[-1] if contents else None
+            contents.append(hash((before, token, digests if acts else "")))
+        return contents
+
+    def _check_rows(self, batch: Batch) -> None:
+        """Each row, and each sampled one, is in the segments of the adapters that act on it."""
+        expected: list[object] = []
+        positions = batch.positions.tolist()
+        for item, part in zip(batch.scheduled, batch.slices, strict=True):
+            activation = self.activation(item.sequence)
+            for row in range(part.start, part.start + part.length):
+                index = positions[row] - self.num_virtual(item.sequence)
+                assert batch.tokens[row] == item.sequence.token_ids[index]
+                acts = activation is not None and index >= activation
+                expected.append(item.sequence.adapters if acts else ())
+        assert by_row(batch.adapter_rows, len(expected)) == expected
+        sampled = [expected[row] for row in batch.sample_rows.tolist()]
+        assert by_row(batch.sample_adapter_rows, len(sampled)) == sampled
+
+
+def by_row(segments: Seq[AdapterRows], num_rows: int) -> list[object]:
+    """The adapters of each row; () where it is in no segment."""
+    rows: list[object] = [()] * num_rows
+    for segment in segments:
+        assert segment.start < segment.stop
+        assert segment.adapters
+        for row in range(segment.start, segment.stop):
+            assert rows[row] == (), "a row in two segments"
+            rows[row] = segment.adapters
+    return rows
+
+
+def virtual_content(digest: str, num_tokens: int) -> list[object]:
+    """The KV of an adapter's virtual tokens."""
+    return [hash((digest, "virtual", number)) for number in range(num_tokens)]
 
 
 def next_token(sequence: Sequence) -> int:

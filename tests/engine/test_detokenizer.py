@@ -51,6 +51,17 @@ def test_text_without_stops_is_handed_out_at_once(tokenizer: Tokenizer) -> None:
     assert all(step.finish_reason is None for step in steps)
 
 
+def test_the_last_token_that_there_is_room_for_ends_with_length(tokenizer: Tokenizer) -> None:
+    ids = tokens_of(tokenizer, ["one two three four"])
+    params = SamplingParams(max_tokens=100, stop=("three four",))
+    detokenizer = Detokenizer(tokenizer, params)
+    steps = [detokenizer.push(token_id, last=n == 2) for n, token_id in enumerate(ids[:3])]
+    assert [step.finish_reason for step in steps] == [None, None, FinishReason.LENGTH]
+    assert "".join(step.text for step in steps) == tokenizer.decode(ids[:3])
+    end = tokenizer.eos_token_ids[0]
+    assert Detokenizer(tokenizer, params).push(end, last=True).finish_reason is FinishReason.STOP
+
+
 def test_max_tokens_ends_with_length_and_hands_out_everything(tokenizer: Tokenizer) -> None:
     ids = tokens_of(tokenizer, ["one two three four"])
     got = stream(tokenizer, ids, SamplingParams(max_tokens=3, stop=("three four",)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,19 @@ def test_an_answer_is_bounded_by_max_tokens(
         stats = engine.stats()
     assert (stats.prompt_tokens, stats.generation_tokens) == (50, 8)
     assert stats.finished == {"length": 1}
+
+
+def test_an_answer_ends_where_the_models_context_window_does(
+    tiny_checkpoint: Checkpoint, serve: Callable, run: Callable
+) -> None:
+    """As behind an adapter's virtual tokens, which are not known when a request comes in."""
+    with serve(tiny_checkpoint) as engine:
+        limits = engine._scheduler._limits
+        engine._scheduler._limits = replace(limits, max_positions=len(PROMPT) + 3)
+        answer = run(engine, [request("a")])["a"]
+        assert len(answer.token_ids) == 3
+        assert answer.finish_reason is FinishReason.LENGTH
+        assert pages_in_use(engine) == 0
 
 
 def test_the_second_request_finds_the_prompt_of_the_first_in_the_cache(

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.delta import Adapter, Delta, LowRank, Sparse
-from polydelta.adapters_store.packing import PackedAdapter, pack
+from polydelta.adapters_store.packed import PackedAdapter
+from polydelta.adapters_store.packing import pack
 from polydelta.adapters_store.reference import AdapterRef
-from polydelta.engine.deltas import AdapterSegment, PoolAdapter, StepDeltas, wrap_decoder
+from polydelta.engine.deltas import AdapterSegment, StepDeltas, wrap_decoder
 from polydelta.engine.fusion import FusedAdapter, Fusion, fusable_linears
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.models.weights import Weights
+from polydelta.engine.pool_adapter import PoolAdapter
 from polydelta.kernels.cpu.kernels import CpuKernels
 from polydelta.kernels.ops import FusableLinear, Kernels
 from polydelta.kernels.reference import ReferenceKernels
@@ -110,8 +112,8 @@ def test_a_fused_adapter_computes_what_the_unmerged_one_does(
         for index, linear in enumerate(row):
             x = torch.randn(9, tiny_layout.linears[index].in_features).to(dtype)
             expected = linear(x)
-            for add in unmerged.deltas(layer, index):
-                add(expected, x)
+            if (changes := unmerged.linear(layer, index)) is not None:
+                changes.apply(expected, x, 1.0, linear)
             fused.fuse()
             error = (linear(x).double() - expected.double()).abs().max()
             fused.unfuse()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from polydelta.adapters_store.traits import AdapterTraits
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.kv_cache import BASE_NAMESPACE, KVCache
 from polydelta.engine.pool import PagePool
@@ -15,6 +16,12 @@ BLOCK = 4
 
 def sequence_of(*tokens: int) -> Sequence:
     return Sequence(GenerationRequest("r", tokens, SamplingParams()), lambda output: None)
+
+
+def sequence_behind(num_virtual: int, *tokens: int) -> Sequence:
+    sequence = sequence_of(*tokens)
+    sequence.learn([AdapterTraits(num_virtual)])
+    return sequence
 
 
 @pytest.fixture
@@ -39,7 +46,17 @@ def compute(kv: KVCache, sequence: Sequence, namespace: str = BASE_NAMESPACE) ->
 
 @pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
 def test_tokens_take_whole_pages(kv: KVCache, tokens: int, pages: int) -> None:
-    assert kv.pages_for(tokens) == pages
+    assert kv.pages_for(sequence_of(), tokens) == pages
+
+
+@pytest.mark.parametrize(
+    ("virtual", "tokens", "pages"),
+    [(3, 1, 1), (3, 2, 2), (4, 4, 1), (6, 2, 1), (6, 3, 2), (13, 8, 3)],
+)
+def test_virtual_tokens_that_fill_no_page_take_room_in_the_first_one(
+    kv: KVCache, virtual: int, tokens: int, pages: int
+) -> None:
+    assert kv.pages_for(sequence_behind(virtual, *range(tokens)), tokens) == pages
 
 
 def test_growing_allocates_only_what_is_missing(kv: KVCache, pool: PagePool) -> None:
@@ -88,6 +105,26 @@ def test_the_same_tokens_under_another_namespace_are_not_found(kv: KVCache) -> N
     for namespace in (BASE_NAMESPACE, "digest two"):
         assert kv.find_prefix(sequence_of(*range(9)), namespace) == []
     assert kv.find_prefix(sequence_of(*range(9)), "digest one") == first.block_table[:2]
+
+
+@pytest.mark.parametrize(("virtual", "found"), [(4, 8), (5, 7), (7, 9), (8, 8)])
+def test_behind_virtual_tokens_the_first_block_holds_fewer_tokens(
+    kv: KVCache, virtual: int, found: int
+) -> None:
+    first, second = (sequence_behind(virtual, *range(10)) for _ in range(2))
+    compute(kv, first, "digest")
+    prefix = compute(kv, second, "digest")
+    assert prefix == first.block_table[: len(prefix)]
+    assert second.num_cached == found
+    assert kv.stats.hits == found
+
+
+def test_behind_virtual_tokens_the_last_token_is_left_to_compute_too(kv: KVCache) -> None:
+    compute(kv, sequence_behind(3, *range(5)), "digest")
+    for tokens, found in ((5, 1), (2, 1), (1, 0)):
+        sequence = sequence_behind(3, *range(tokens))
+        compute(kv, sequence, "digest")
+        assert sequence.num_cached == found
 
 
 def test_released_pages_are_kept_where_published_and_free_where_not(

@@ -11,11 +11,14 @@ import pytest
 
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.reference import AdapterRef
+from polydelta.adapters_store.traits import AdapterTraits
 from polydelta.engine.eviction import CostModel
+from polydelta.engine.host_adapter import AdapterPages, HostAdapter, count_pages
 from polydelta.engine.pool import PagePool
-from polydelta.engine.residency import HostAdapter, Residency, ResidencyState
+from polydelta.engine.residency import Residency, ResidencyState
 
 PAGE_BYTES = 10
+BLOCK = 4
 ONE, TWO = (AdapterRef(name, 1, Path("unused")) for name in ("one", "two"))
 
 
@@ -24,6 +27,7 @@ class Packed(NamedTuple):
 
     digest: str
     bytes_per_layer: int
+    traits: AdapterTraits = AdapterTraits()
 
     @property
     def nbytes(self) -> int:
@@ -38,7 +42,9 @@ class Setting:
         self.loads: list[Future[HostAdapter]] = []
         self.bound: list[list[int]] = []
         self.wakes = 0
-        self.residency = Residency(self.pool, PAGE_BYTES, self, self._bind, CostModel(), self._wake)
+        self.residency = Residency(
+            self.pool, PAGE_BYTES, BLOCK, self, self._bind, CostModel(), self._wake
+        )
 
     def load(self, ref: AdapterRef) -> Future[HostAdapter]:
         self.loads.append(Future())
@@ -110,6 +116,43 @@ def test_an_adapter_takes_whole_pages_and_at_least_one(size: int, pages: int) ->
     setting.residency.acquire(ONE)
     assert setting.residency.pages_needed(ONE) == pages
     assert len(setting.bound[0]) == pages
+
+
+@pytest.mark.parametrize(
+    ("size", "virtual", "weights", "prefix"),
+    [(0, 1, 0, 1), (0, 4, 0, 1), (1, 5, 1, 2), (25, 8, 3, 2), (25, 9, 3, 3)],
+)
+def test_virtual_tokens_take_whole_pages_after_those_of_the_weights(
+    size: int, virtual: int, weights: int, prefix: int
+) -> None:
+    setting = Setting()
+    residency, traits = setting.residency, AdapterTraits(virtual)
+    residency.prefetch(ONE)
+    setting.loads[0].set_result(Packed("d", size, traits))
+    assert residency.state(ONE) is ResidencyState.ON_HOST
+    assert residency.traits(ONE) == traits
+    assert residency.pages_needed(ONE) == weights + prefix
+    residency.acquire(ONE)
+    (bound,) = setting.bound
+    assert residency.prefix_pages(ONE) == bound[weights:]
+    assert len(bound) == weights + prefix == residency.pages_needed(ONE)
+    assert count_pages(Packed("d", size, traits), PAGE_BYTES, BLOCK) == (
+        AdapterPages(weights, prefix)
+    )
+    residency.release(ONE)
+    assert setting.pool.num_idle == weights + prefix
+    assert residency.traits(ONE) == traits
+
+
+def test_the_weights_of_an_adapter_lie_in_one_piece_where_its_prefix_does_not() -> None:
+    setting = Setting(num_pages=8)
+    taken = setting.pool.allocate(4)
+    setting.pool.free([taken[0], taken[2]])
+    setting.residency.prefetch(ONE)
+    setting.loads[0].set_result(Packed("d", 35, AdapterTraits(6)))
+    setting.residency.state(ONE)
+    setting.residency.acquire(ONE)
+    assert setting.bound == [[4, 5, 6, 7, 0, 2]]
 
 
 def test_pages_to_acquire_counts_what_would_leave_the_available_ones() -> None:

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 )
 
 from polydelta.adapters_store.errors import InUseError
+from polydelta.adapters_store.traits import AdapterTraits
 from polydelta.engine.residency import ResidencyState
 from polydelta.engine.sequence import Schedule, Sequence
 
@@ -156,7 +157,7 @@ def test_pages_of_the_idle_adapter_that_a_request_needs_are_no_room_for_its_kv(
     running = w.submit(range(8), max_tokens=4)
     w.step()
     waiting = w.submit(range(20, 31), "a", max_tokens=1)
-    assert w.pool.num_available >= w.kv.pages_for(waiting.num_tokens)
+    assert w.pool.num_available >= w.kv.pages_for(waiting, waiting.num_tokens)
     assert shares(w.step()) == {running: 1}
     assert list(w.scheduler.waiting) == [waiting]
 
@@ -331,6 +332,17 @@ def test_the_largest_request_that_fits_beside_its_adapter_runs(world: Worlds) ->
     assert set(w.finished) == {largest, *others}
 
 
+def test_a_request_that_a_pin_took_the_last_page_from_is_told_so(world: Worlds) -> None:
+    """Alone and preempted: nobody else would wake the loop."""
+    w = world(num_pages=6, block_size=2, prefix_caching=False, adapters={"a": 1})
+    sequence = w.submit(range(9), max_tokens=3)
+    w.load("a", pin=True)
+    w.step()
+    w.host.finish()
+    w.drain()
+    assert "1 of which pinned adapters hold" in w.failed[sequence]
+
+
 def test_idle_adapters_are_evicted_to_make_room_for_kv(world: Worlds) -> None:
     w = world(num_pages=6, block_size=4, adapters={"a": 4})
     w.submit([1, 2], "a")
@@ -454,6 +466,10 @@ def test_a_prefix_outlives_the_adapter_that_made_it(world: Worlds) -> None:
     assert again.num_cached == 4
 
 
+# One with ready-made KV before the sequence, two activated ones, and one that is both.
+WITH_TRAITS = ("prefix", "activated", "rarely activated", "both")
+
+
 class SchedulerHistory(RuleBasedStateMachine):
     """Everything that can happen to a scheduler, in any order, in a pool that is too small."""
 
@@ -466,17 +482,35 @@ class SchedulerHistory(RuleBasedStateMachine):
         max_batch_size=st.integers(1, 5),
         prefix_caching=st.booleans(),
         sizes=st.lists(st.integers(1, 7), min_size=4, max_size=4),
+        small_sizes=st.lists(st.integers(0, 2), min_size=4, max_size=4),
+        virtual=st.integers(1, 9),
+        max_positions=st.integers(12, 40),
     )
-    def start(self, sizes: list[int], **limits: Any) -> None:
+    def start(self, sizes: list[int], small_sizes: list[int], virtual: int, **limits: Any) -> None:
         adapters = dict(zip(("a", "b", "c", "copy of a"), sizes, strict=True))
+        adapters |= dict(zip(WITH_TRAITS, small_sizes, strict=True))
+        traits = dict(
+            zip(
+                WITH_TRAITS,
+                (
+                    AdapterTraits(virtual),
+                    AdapterTraits(invocation=(1,)),
+                    AdapterTraits(invocation=(2, 0, 2)),
+                    AdapterTraits(virtual, invocation=(1, 1)),
+                ),
+                strict=True,
+            )
+        )
         digests = {"copy of a": "digest of a"}
-        self.w = self.worlds(adapters=adapters, digests=digests, **limits)
+        self.w = self.worlds(adapters=adapters, digests=digests, traits=traits, **limits)
         self.broken: set[str] = set()
         self.aborted: list[Sequence] = []
         self.orders: list[Future[None]] = []
 
     @rule(
-        adapter=st.sampled_from([None, "a", "b", "c", "copy of a", "a+b", "b+c+copy of a"]),
+        adapter=st.sampled_from(
+            [None, "a", "b", "c", "copy of a", "a+b", "b+c+copy of a", *WITH_TRAITS]
+        ),
         shared=st.integers(0, 12),
         own=st.lists(st.integers(0, 2), min_size=1, max_size=9),
         max_tokens=st.integers(1, 9),
@@ -510,15 +544,18 @@ class SchedulerHistory(RuleBasedStateMachine):
         self.broken.add(adapter)
         self.w.host.fail(adapter, "the load failed")
 
-    @rule(adapter=st.sampled_from(["a", "b", "c"]), pin=st.booleans())
+    @rule(adapter=st.sampled_from(["a", "b", "c", "prefix", "activated"]), pin=st.booleans())
     def order(self, adapter: str, pin: bool) -> None:
         self.orders.append(self.w.load(adapter, pin))
 
-    @rule(adapter=st.sampled_from(["a", "b", "c"]))
+    @rule(adapter=st.sampled_from(["a", "b", "c", "prefix", "activated"]))
     def unpin(self, adapter: str) -> None:
         self.w.unpin(adapter)
 
-    @rule(adapter=st.sampled_from(["a", "b", "c"]), gone=st.booleans())
+    @rule(
+        adapter=st.sampled_from(["a", "b", "c", "prefix", "activated", "both"]),
+        gone=st.booleans(),
+    )
     def take_out(self, adapter: str, gone: bool) -> None:
         with suppress(InUseError):
             self.w.forget(adapter) if gone else self.w.evict(adapter)
@@ -535,13 +572,16 @@ class SchedulerHistory(RuleBasedStateMachine):
             for sequence, reason in self.w.failed.items():
                 if reason == "the load failed":
                     assert {ref.id for ref in sequence.adapter_refs} & self.broken
+                elif "context window" in reason:
+                    tokens = sequence.num_prompt_tokens + self.w.num_virtual(sequence)
+                    assert tokens >= self.w.limits.max_positions
                 else:
                     assert self._is_too_large(sequence), "refused, though it would fit"
 
     def teardown(self) -> None:
         if not hasattr(self, "w"):
             return
-        for adapter in ("a", "b", "c"):
+        for adapter in ("a", "b", "c", "prefix", "activated"):
             self.w.unpin(adapter)
         self.w.drain()
         assert all(order.done() for order in self.orders)
@@ -553,11 +593,14 @@ class SchedulerHistory(RuleBasedStateMachine):
         assert self.w.pool.num_available == self.w.pool.num_pages
 
     def _is_too_large(self, sequence: Sequence) -> bool:
+        virtual, size = self.w.num_virtual(sequence), self.w.block_size
         pages = sum(self.w.host.sizes[ref.id] for ref in sequence.adapter_refs)
+        pages = max(pages + -(-virtual // size), len(sequence.adapter_refs))
         tokens = sequence.num_prompt_tokens + sequence.request.sampling.max_tokens
+        pages += -(-(virtual % size + tokens) // size)
         # What was pinned when it was refused is not known any more; it was half at most.
         pinned = self.w.pool.num_pages // 2
-        return pages + pinned + -(-tokens // self.w.block_size) > self.w.pool.num_pages
+        return pages + pinned > self.w.pool.num_pages
 
 
 def test_random_histories_keep_every_promise_and_nobody_starves(world: Worlds) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from polydelta.kernels.delta_weights import LowRankBlock, LowRankWeights, SparseWeights
 from polydelta.kernels.fusing import entry_rows, with_deltas
-from polydelta.kernels.ops import FusableLinear, LowRankBlock, LowRankWeights, SparseWeights
+from polydelta.kernels.ops import FusableLinear
 from polydelta.kernels.reference import ReferenceKernels
 
 KERNELS = ReferenceKernels()
@@ -93,8 +94,7 @@ def test_fused_equals_unmerged(make: type) -> None:
     delta, x = make(), torch.randn(5, IN)
     linear = KERNELS.linear(torch.randn(OUT, IN), torch.randn(OUT))
     unmerged = linear(x)
-    add = KERNELS.low_rank if isinstance(delta, LowRankWeights) else KERNELS.sparse
-    add(delta)(unmerged, x)
+    KERNELS.add_delta(delta)(unmerged, x)
     linear.prepare([delta]).fuse()
     torch.testing.assert_close(linear(x), unmerged, rtol=0, atol=1e-5 * float(unmerged.abs().max()))
 

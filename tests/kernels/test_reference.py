@@ -13,14 +13,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from polydelta.engine.models.config import RopeConfig
 from polydelta.engine.models.rope import rope_tables
-from polydelta.kernels.ops import (
-    AttentionShape,
-    LowRankBlock,
-    LowRankWeights,
-    SequenceSlice,
-    SparseWeights,
-    kernels_for,
-)
+from polydelta.kernels.delta_weights import LowRankBlock, LowRankWeights, SparseWeights
+from polydelta.kernels.ops import AttentionShape, SequenceSlice, kernels_for
 from polydelta.kernels.reference import ReferenceKernels, visible
 
 Near = Callable[[Tensor, Tensor, torch.dtype], None]
@@ -104,7 +98,7 @@ def test_low_rank_equals_the_merged_weight(near: Near) -> None:
     delta[0:8] = b_t[0].double().T @ a[:3].double()
     delta[11:17] = b_t[1].double().T @ a[3:].double()
     expected = y.double() + x.double() @ delta.T
-    REFERENCE.low_rank(weights)(y, x)
+    REFERENCE.add_delta(weights)(y, x)
     near(y, expected, torch.float32)
 
 
@@ -115,7 +109,7 @@ def test_sparse_equals_the_dense_weight(near: Near) -> None:
     csr = delta.to_sparse_csr()
     weights = SparseWeights(csr.crow_indices().int(), csr.col_indices().int(), csr.values())
     expected = y.double() + x.double() @ delta.double().T
-    REFERENCE.sparse(weights)(y, x)
+    REFERENCE.add_delta(weights)(y, x)
     near(y, expected, torch.float32)
 
 

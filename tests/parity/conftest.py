@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.adapters_store.delta import Adapter
 from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.adapters_store.formats.reader import read_adapter
 from polydelta.adapters_store.packing import pack
-from polydelta.engine.deltas import AdapterSegment, PoolAdapter, StepDeltas, wrap_decoder
+from polydelta.engine.deltas import AdapterSegment, StepDeltas, wrap_decoder
+from polydelta.engine.host_adapter import count_pages
+from polydelta.engine.models.base_weights import CheckpointWeights
 from polydelta.engine.models.config import from_hf
 from polydelta.engine.models.decoder import Decoder, base_layout
 from polydelta.engine.models.weights import Weights
 from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
+from polydelta.engine.pool_adapter import PoolAdapter
+from polydelta.engine.prefix_kv import fill_prefix
 from polydelta.kernels.ops import SequenceSlice, kernels_for
 
 BLOCK_SIZE = 8
@@ -45,12 +51,15 @@ class Chunk(NamedTuple):
     sequence: int
     tokens: Sequence[int]
     adapter: PoolAdapter | Sequence[tuple[PoolAdapter, float]] | None = None
+    # Index of the sequence's first token that the adapter acts on.
+    activation: int = 0
 
 
 class PagedDecoder:
     """Our decoder over a small pool; logits of every token that is fed to it."""
 
     def __init__(self, model: PreTrainedModel, num_pages: int = 3000) -> None:
+        self.model = model
         self.config = from_hf(model.config.to_dict())
         kernels = kernels_for(torch.device("cpu"))
         weights = Weights(StateDict(model), torch.float32, lambda done, total: None)
@@ -67,18 +76,42 @@ class PagedDecoder:
         self.free_run = list(range(num_pages // 2, num_pages))
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
+        # Virtual tokens, and the pages of their KV.
+        self.prefixes: dict[PoolAdapter | None, tuple[int, list[int]]] = {}
+
+    @property
+    def layout(self) -> BaseLayout:
+        weights = CheckpointWeights(StateDict(self.model), torch.float32)
+        return base_layout(self.config, "reference", weights)
 
     def load(self, folder: Path, scattered: bool = False) -> PoolAdapter:
         """Reads an adapter from its files into the pool: its pages in one run, or scattered."""
-        layout = base_layout(self.config, "reference")
         ref = FolderCatalog([folder.parent]).resolve(folder.name)
-        packed = pack(read_adapter(ref, layout), layout, torch.float32)
-        count = -(-packed.bytes_per_layer // self.storage.shape[-1])
+        return self.load_adapter(read_adapter(ref, self.layout), scattered)
+
+    def load_adapter(self, adapter: Adapter, scattered: bool = False) -> PoolAdapter:
+        packed = pack(adapter, self.layout, torch.float32)
+        need = count_pages(packed, self.storage.shape[-1], BLOCK_SIZE)
         if scattered:
-            pages = [self.free_pages.pop() for _ in range(count)]
+            pages = [self.free_pages.pop() for _ in range(need.weights)]
         else:
-            pages, self.free_run = self.free_run[:count], self.free_run[count:]
-        return PoolAdapter(packed, self.storage, pages, self.kernels)
+            pages, self.free_run = self.free_run[: need.weights], self.free_run[need.weights :]
+        loaded = PoolAdapter(packed, self.storage, pages, self.kernels)
+        if packed.prefix is not None:
+            own = [self.free_pages.pop() for _ in range(need.prefix)]
+            self.deltas.segments = ()
+            with torch.inference_mode():
+                fill_prefix(packed.prefix, own, BLOCK_SIZE, self.cache, self.decoder)
+            self.prefixes[loaded] = packed.prefix.num_tokens, own
+        return loaded
+
+    def begin(self, sequence: int, adapter: PoolAdapter | None) -> None:
+        """A new sequence, after the virtual tokens of its adapter."""
+        virtual, pages = self.prefixes.get(adapter, (0, []))
+        self.tables[sequence], self.lengths[sequence] = list(pages), virtual
+        if virtual % BLOCK_SIZE:
+            self.tables[sequence][-1] = own = self.free_pages.pop()
+            self.storage[:, own] = self.storage[:, pages[-1]]
 
     @torch.inference_mode()
     def feed(self, *chunks: tuple[int, Sequence[int]] | Chunk) -> list[Tensor]:
@@ -89,21 +122,23 @@ class PagedDecoder:
         slices: list[SequenceSlice] = []
         segments: list[AdapterSegment] = []
         chunks = tuple(c if isinstance(c, Chunk) else Chunk(*c) for c in chunks)
-        for sequence, chunk, adapter in chunks:
-            table = self.tables.setdefault(sequence, [])
-            first = self.lengths.get(sequence, 0)
+        for sequence, chunk, adapter, activation in chunks:
+            if sequence not in self.tables:
+                self.begin(sequence, adapter if isinstance(adapter, PoolAdapter) else None)
+            table, first = self.tables[sequence], self.lengths[sequence]
             places = range(first, first + len(chunk))
             while len(table) * BLOCK_SIZE < places.stop:
                 table.append(self.free_pages.pop())
             shares = [(adapter, 1.0)] if isinstance(adapter, PoolAdapter) else adapter or ()
             stop = len(tokens) + len(chunk)
-            segments += [AdapterSegment(len(tokens), stop, one, weight) for one, weight in shares]
+            begin = min(stop, max(len(tokens), len(tokens) + activation - first))
+            segments += [AdapterSegment(begin, stop, one, weight) for one, weight in shares]
             slices.append(SequenceSlice(len(tokens), len(chunk), places.stop, list(table)))
             tokens += chunk
             positions += places
             slots += [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in places]
             self.lengths[sequence] = places.stop
-        self.deltas.segments = segments
+        self.deltas.segments = self.deltas.sample_segments = segments
         self.cache.prepare(torch.tensor(slots), slices)
         hidden = self.decoder.hidden_states(
             torch.tensor(tokens), torch.tensor(positions), self.cache

@@ -8,7 +8,7 @@ import peft
 import pytest
 
 from polydelta.adapters_store.errors import InvalidAdapterError
-from polydelta.adapters_store.formats import peft_lora, peft_shira
+from polydelta.adapters_store.formats import lora_config, peft_shira, trainable_tokens
 from polydelta.adapters_store.formats.files import MAX_CONFIG_BYTES
 from polydelta.adapters_store.formats.peft_config import (
     KeyRules,
@@ -17,6 +17,8 @@ from polydelta.adapters_store.formats.peft_config import (
     number,
     parse_config,
     positive_int,
+    strings,
+    token_ids,
 )
 
 RULES = KeyRules(frozenset({"r"}), frozenset({"dropout"}), {"use_dora": "DoRA is not served yet"})
@@ -24,8 +26,12 @@ RULES = KeyRules(frozenset({"r"}), frozenset({"dropout"}), {"use_dora": "DoRA is
 
 @pytest.mark.parametrize(
     ("config_class", "rules"),
-    [(peft.LoraConfig, peft_lora.KEY_RULES), (peft.ShiraConfig, peft_shira.KEY_RULES)],
-    ids=["LoRA", "SHiRA"],
+    [
+        (peft.LoraConfig, lora_config.KEY_RULES),
+        (peft.ShiraConfig, peft_shira.KEY_RULES),
+        (peft.TrainableTokensConfig, trainable_tokens.KEY_RULES),
+    ],
+    ids=["LoRA", "SHiRA", "trainable tokens"],
 )
 def test_every_field_of_the_installed_peft_is_honoured_harmless_or_refused(
     config_class: Any, rules: KeyRules
@@ -34,7 +40,9 @@ def test_every_field_of_the_installed_peft_is_honoured_harmless_or_refused(
     assert {field.name for field in fields(config_class)} - known == set()
 
 
-@pytest.mark.parametrize("rules", [peft_lora.KEY_RULES, peft_shira.KEY_RULES])
+@pytest.mark.parametrize(
+    "rules", [lora_config.KEY_RULES, peft_shira.KEY_RULES, trainable_tokens.KEY_RULES]
+)
 def test_no_key_is_in_two_classes(rules: KeyRules) -> None:
     classes = [rules.honoured, rules.harmless, rules.refused.keys()]
     assert sum(map(len, classes)) == len(set().union(*classes))
@@ -113,6 +121,20 @@ def test_what_is_no_object_is_refused(value: object) -> None:
         mapping("rank_pattern", value)
 
 
-def test_null_stands_for_false_and_for_an_empty_object() -> None:
+@pytest.mark.parametrize("value", [3, "norm", ["norm", 3], {"norm": 1}])
+def test_what_is_no_list_of_strings_is_refused(value: object) -> None:
+    with pytest.raises(InvalidAdapterError, match=r"modules_to_save is .* a list of strings"):
+        strings("modules_to_save", value)
+
+
+@pytest.mark.parametrize("value", [3, "3", ["3"], [3, -1], [True], [2.0]])
+def test_what_is_no_list_of_token_ids_is_refused(value: object) -> None:
+    with pytest.raises(InvalidAdapterError, match=r"token_indices is .* a list of token ids"):
+        token_ids("token_indices", value)
+
+
+def test_null_stands_for_false_and_for_what_is_empty() -> None:
     assert flag("use_rslora", None) is False
     assert mapping("rank_pattern", None) == {}
+    assert strings("modules_to_save", None) == []
+    assert token_ids("token_indices", None) == []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.adapters_store.base_layout import MODEL
 from polydelta.adapters_store.delta import LowRank
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats import peft_lora
+from polydelta.adapters_store.formats.outline import ModuleOutline
 
 PREFIX = "base_model.model."
 Q1 = "model.layers.1.self_attn.q_proj"
@@ -132,59 +134,100 @@ def test_a_tensor_that_only_training_needs_is_left_out(
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "DoRA": ({"use_dora": True}, "use_dora is True; DoRA is not served yet"),
-    "a bias on B": ({"lora_bias": True}, "lora_bias is True"),
-    "all biases": ({"bias": "all"}, "bias is 'all'"),
-    "biases of adapted layers": ({"bias": "lora_only"}, "bias is 'lora_only'"),
-    "saved modules": ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
-    "trainable tokens": ({"trainable_token_indices": [3]}, r"trainable_token_indices is \[3\]"),
-    "bare parameters": ({"target_parameters": ["experts.up"]}, "target_parameters is"),
-    "activated LoRA": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is"),
-    "replicated layers": ({"layer_replication": [[0, 4]]}, "layer_replication is"),
-    "QALoRA": ({"use_qalora": True}, "use_qalora is True"),
-    "BD-LoRA": ({"use_bdlora": {"nblocks": 2}}, "use_bdlora is"),
-    "KaSA": ({"kasa_config": {"beta": 1}}, "kasa_config is"),
-    "Arrow": ({"arrow_config": {"top_k": 3}}, "arrow_config is"),
-    "MonteCLoRA": ({"monteclora_config": {"num_samples": 8}}, "monteclora_config is"),
-    "Megatron": ({"megatron_config": {"tp": 2}}, "megatron_config is"),
-    "transposed bases": ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
-    "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
-    "fast PiSSA": ({"init_lora_weights": "pissa_niter_16"}, "is 'pissa_niter_16'"),
-    "OLoRA": ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
-    "LoftQ": ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'"),
-    "CorDA": ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda'"),
-    "LoRA-GA": ({"init_lora_weights": "lora_ga"}, "init_lora_weights is 'lora_ga'"),
-    "a start that nobody knows": (
-        {"init_lora_weights": ["new"]},
-        r"init_lora_weights is \['new'\]",
+    "DoRA without magnitudes": ({"use_dora": True}, "but no lora_magnitude_vector"),
+    "a bias on B that is not there": ({"lora_bias": True}, "but no lora_B.bias"),
+    "KaSA without a diagonal": ({"kasa_config": {}}, "but no lora_diag"),
+    "saved modules that are not there": (
+        {"modules_to_save": ["norm"]},
+        r"modules_to_save is \['norm'\], but .* no weight of",
     ),
-    "an unknown option": ({"use_magic": True}, "use_magic is True"),
-    "a rank that is no integer": ({"r": "2"}, "r is '2'"),
-    "no rank": ({"r": None}, "r is None"),
-    "an alpha that is no number": ({"lora_alpha": "4"}, "lora_alpha is '4'"),
-    "a scale that is no truth value": ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
-    "a rank pattern that is no object": ({"rank_pattern": ["q_proj"]}, "rank_pattern is"),
-    "a pattern that is no regex": ({"alpha_pattern": {"(": 2}}, "alpha_pattern has the pattern"),
+    "trained tokens that are not there": (
+        {"trainable_token_indices": [3]},
+        "names trained tokens of 'model.embed_tokens', but .* does not have their rows",
+    ),
+    "tokens beyond the base's": (
+        {"alora_invocation_tokens": [3, 40]},
+        "alora_invocation_tokens has the id 40, but the base model has 40 tokens",
+    ),
+    "replicated layers": ({"layer_replication": [[0, 4]]}, "layer_replication is"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+    "blocks that do not divide the rank": (
+        {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 3}},
+        "the rank of '.*q_proj' is 2, which use_bdlora's 3 blocks do not divide",
+    ),
+    "blocks of a full matrix": (
+        {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}},
+        r"shape \[2, 36\], but the base model's layer asks for \[2, 18\]",
+    ),
+    "groups that do not divide the inputs": (
+        {"use_qalora": True, "qalora_group_size": 5, "r": 2},
+        "is cut into 5 equal parts by the config, but the base model has 36",
+    ),
 }
 
 
-def test_every_refused_key_has_its_own_refusal_test() -> None:
-    tested = {key for config, _ in REFUSED.values() for key in config}
-    assert peft_lora.KEY_RULES.refused.keys() <= tested
-
-
 @pytest.mark.parametrize(("config", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_an_option_that_is_not_served_is_refused_by_name(
-    config: dict[str, Any], message: str, adapter_files: Any
+def test_a_config_that_does_not_fit_the_tensors_is_refused_by_name(
+    config: dict[str, Any],
+    message: str,
+    make_lora_tensors: Callable[..., dict[str, Tensor]],
+    adapter_files: Any,
 ) -> None:
-    folder = adapter_files.lora(**config)
+    tensors = make_lora_tensors()
+    if "use_qalora" in config:
+        tensors[QA] = torch.ones(2, 7)
     with pytest.raises(InvalidAdapterError, match=message):
+        adapter_files.read(adapter_files.write("wrong", tensors, **config))
+
+
+def test_a_plain_a_is_taken_as_it_is_where_peft_does_not_pool_inputs(adapter_files: Any) -> None:
+    plain = adapter_files.read(adapter_files.lora())
+    folder = adapter_files.root / "lora"
+    config = BASE_CONFIG | {"use_qalora": True, "qalora_group_size": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (delta,), (expected,) = adapter_files.read(folder).modules[Q1], plain.modules[Q1]
+    torch.testing.assert_close(delta.a, expected.a, rtol=0, atol=0)
+
+
+def test_an_a_that_reads_groups_is_spread_over_the_inputs(
+    make_lora_tensors: Callable[..., dict[str, Tensor]], adapter_files: Any
+) -> None:
+    tensors = make_lora_tensors() | {QA: torch.arange(18.0).view(2, 9)}
+    folder = adapter_files.write("grouped", tensors, use_qalora=True, qalora_group_size=4)
+    (delta,) = adapter_files.read(folder).modules[Q1]
+    torch.testing.assert_close(delta.a[:, 1::4] / (9 / 4), tensors[QA])
+
+
+def test_kasa_on_the_head_is_refused(
+    make_lora_tensors: Callable[..., dict[str, Tensor]], adapter_files: Any
+) -> None:
+    tensors = make_lora_tensors("lm_head") | {f"{PREFIX}lm_head.lora_diag": torch.ones(2)}
+    with pytest.raises(InvalidAdapterError, match="kasa_config is on, and changes the weights of"):
+        adapter_files.read(adapter_files.write("kasa", tensors, kasa_config={}))
+
+
+def test_a_variant_that_peft_does_not_have_for_embeddings_is_refused(adapter_files: Any) -> None:
+    folder = adapter_files.write("alora", embedding_lora(), alora_invocation_tokens=[1])
+    with pytest.raises(InvalidAdapterError, match="PEFT itself cannot compute for 'model.embed_"):
         adapter_files.read(folder)
 
 
-@pytest.mark.parametrize("init", [None, True, False, "gaussian", "eva", "orthogonal", "mica"])
-def test_a_start_that_leaves_the_base_alone_is_accepted(init: object, adapter_files: Any) -> None:
-    assert adapter_files.read(adapter_files.lora(init_lora_weights=init)).max_rank == 2
+def embedding_lora() -> dict[str, Tensor]:
+    name = f"{PREFIX}model.embed_tokens.lora_embedding"
+    return {f"{name}_A": torch.randn(2, 40), f"{name}_B": torch.randn(36, 2)}
+
+
+def test_kasa_needs_a_rank_below_the_layers(
+    make_lora_tensors: Callable[..., dict[str, Tensor]], adapter_files: Any
+) -> None:
+    module = "model.layers.0.self_attn.k_proj"
+    tensors = {
+        f"{PREFIX}{module}.lora_A.weight": torch.ones(12, 36),
+        f"{PREFIX}{module}.lora_B.weight": torch.ones(12, 12),
+        f"{PREFIX}{module}.lora_diag": torch.ones(12),
+    }
+    with pytest.raises(InvalidAdapterError, match="has rank 12, but KaSA needs a lower one"):
+        adapter_files.read(adapter_files.write("kasa", tensors, kasa_config={}, r=12))
 
 
 Change = Callable[[dict[str, Tensor]], None]
@@ -210,7 +253,7 @@ def _lora(module: str, rows: int = 36, columns: int = 36) -> Change:
 WRONG_TENSORS: dict[str, tuple[Change, str]] = {
     "A without B": (lambda tensors: tensors.pop(QB), r"q_proj' has lora_A.weight but no lora_B"),
     "B without A": (lambda tensors: tensors.pop(QA), r"q_proj' has lora_B.weight but no lora_A"),
-    "nothing": (lambda tensors: tensors.clear(), "changes no module"),
+    "nothing": (lambda tensors: tensors.clear(), "changes no module, so it would give"),
     "another rank than r": (_set(QA, torch.ones(3, 36)), r"\[3, 36\], but rank 2 .* \[2, 36\]"),
     "B of another rank": (_set(QB, torch.ones(36, 3)), r"\[36, 3\], but rank 2"),
     "another hidden size": (_set(QA, torch.ones(2, 40)), r"\[2, 40\], but the base.*\[2, 36\]"),
@@ -229,25 +272,30 @@ WRONG_TENSORS: dict[str, tuple[Change, str]] = {
     "integers": (_set(QA, torch.ones(2, 36, dtype=torch.int32)), "is torch.int32"),
     "a magnitude vector": (
         _set(f"{PREFIX}{Q1}.lora_magnitude_vector", torch.ones(36)),
-        "lora_magnitude_vector' cannot be served",
+        "has lora_magnitude_vector, which the options in adapter_config.json do not give it",
     ),
-    "a bias": (_set(f"{PREFIX}{Q1}.base_layer.bias", torch.ones(36)), "bias' cannot be served"),
+    "a diagonal": (_set(f"{PREFIX}{Q1}.lora_diag", torch.ones(2)), "has lora_diag, which the"),
+    "a bias on B": (_set(f"{PREFIX}{Q1}.lora_B.bias", torch.ones(36)), "has lora_B.bias, which"),
+    "a bias": (
+        _set(f"{PREFIX}{Q1}.base_layer.bias", torch.ones(36)),
+        "has a bias of '.*q_proj', but the base model has none there",
+    ),
     "an adapter's name in a tensor's": (
         _rename(QA, f"{PREFIX}{Q1}.lora_A.default.weight"),
         "lora_A.default.weight' cannot be served",
     ),
     "no prefix": (_rename(QA, QA.removeprefix(PREFIX)), "only tensors named base_model.model."),
-    "a whole embedding": (
-        _set(f"{PREFIX}model.embed_tokens.weight", torch.ones(40, 36)),
-        "embeddings and lm_head are not served yet",
+    "an embedding of another vocabulary": (
+        _set(f"{PREFIX}model.embed_tokens.weight", torch.ones(41, 36)),
+        "has rows for 41 tokens, but the base model has 40: resize the base's embeddings",
     ),
-    "a LoRA of the embedding": (
-        _set(f"{PREFIX}model.embed_tokens.lora_embedding_A", torch.ones(2, 40)),
-        "embeddings and lm_head are not served yet",
+    "a linear LoRA of the embedding": (
+        _lora("model.embed_tokens", 36, 40),
+        "'model.embed_tokens' has lora_A.weight, lora_B.weight but no lora_embedding_A",
     ),
-    "a LoRA of the head": (
-        _lora("lm_head", 40),
-        "'lm_head', but changes of embeddings and lm_head",
+    "a LoRA of another vocabulary's head": (
+        _lora("lm_head", 41),
+        r"shape \[41, 2\], but the base model's layer asks for \[40, 2\]",
     ),
     "a layer too many": (
         _lora("model.layers.3.self_attn.q_proj"),
@@ -255,7 +303,7 @@ WRONG_TENSORS: dict[str, tuple[Change, str]] = {
     ),
     "a module of another architecture": (
         _lora("model.layers.0.block_sparse_moe.gate"),
-        "block_sparse_moe.gate', but the base model has no such linear layer",
+        "block_sparse_moe.gate', but the base model has no such module",
     ),
 }
 
@@ -281,7 +329,24 @@ def test_an_adapter_of_another_architecture_matches_no_module(
         adapter_files.read(adapter_files.write("gpt", tensors))
 
 
-def test_an_outline_needs_no_base_and_no_numbers(layout: BaseLayout) -> None:
-    shapes = {QA: (2, 36), QB: (36, 2)}
-    outline = peft_lora.outline(BASE_CONFIG, shapes)
-    assert {module: (o.kind, o.rank) for module, o in outline.items()} == {Q1: ("LowRank", 2)}
+OUTLINES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], tuple[Any, ...]]] = {
+    "plain": ({}, {}, ("LowRank", 2)),
+    "DoRA": ({"use_dora": True}, {"lora_magnitude_vector": (36,)}, ("LowRank", 2, ("Scale",))),
+    "KaSA": ({"kasa_config": {}}, {"lora_diag": (2,)}, ("LowRank", 4)),
+    "a bias on B": ({"lora_bias": True}, {"lora_B.bias": (36,)}, ("LowRank", 2, ("Bias",))),
+}
+
+
+@pytest.mark.parametrize(("config", "more", "expected"), OUTLINES.values(), ids=OUTLINES.keys())
+def test_an_outline_needs_no_base_and_no_numbers(
+    config: dict[str, Any], more: dict[str, tuple[int, ...]], expected: tuple[Any, ...]
+) -> None:
+    shapes = {QA: (2, 36), QB: (36, 2), **{f"{PREFIX}{Q1}.{key}": more[key] for key in more}}
+    outline = peft_lora.outline(BASE_CONFIG | config, shapes)
+    assert outline == {Q1: ModuleOutline(*expected)}
+
+
+def test_an_outline_says_that_tokens_invoke_the_adapter() -> None:
+    config = BASE_CONFIG | {"alora_invocation_tokens": [5]}
+    outline = peft_lora.outline(config, {QA: (2, 36), QB: (36, 2)})
+    assert outline[MODEL] == ModuleOutline("Invocation", 0)

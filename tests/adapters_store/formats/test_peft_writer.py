@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.delta import Adapter, Delta, LowRank, Sparse
-from polydelta.adapters_store.errors import InvalidAdapterError, StoreError
-from polydelta.adapters_store.formats import peft_writer
+from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.peft_writer import write_adapter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -136,49 +134,6 @@ def test_an_empty_folder_is_filled_and_parents_are_made(
     write_adapter(tmp_path / "not" / "there" / "yet", some, "b", torch.float32)
     assert read(tmp_path / "empty").modules.keys() == {Q1}
     assert read(tmp_path / "not" / "there" / "yet").modules.keys() == {Q1}
-
-
-def test_others_may_read_what_is_written(some: Any, tmp_path: Path) -> None:
-    before = os.umask(0o022)
-    try:
-        write_adapter(tmp_path / "out", some, "b", torch.float32)
-    finally:
-        os.umask(before)
-    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
-    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o644}
-
-
-def test_a_folder_with_something_in_it_is_left_as_it_is(some: Any, tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("kept")
-    with pytest.raises(StoreError, match=r"is not empty.*name another"):
-        write_adapter(tmp_path, some, "b", torch.float32)
-    with pytest.raises(StoreError, match=r"cannot be looked into.*name another"):
-        write_adapter(tmp_path / "mine", some, "b", torch.float32)
-    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
-
-
-def test_a_failed_write_leaves_nothing_behind(
-    some: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(path: Path, content: bytes) -> None:
-        path.write_bytes(content[:10])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(peft_writer, "_write", full)
-    with pytest.raises(StoreError, match="No space left on device"):
-        write_adapter(tmp_path / "out", some, "b", torch.float32)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_appears_meanwhile_is_not_overwritten(
-    some: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(peft_writer, "check_free", lambda folder: None)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("kept")
-    with pytest.raises(StoreError, match="cannot be written"):
-        write_adapter(tmp_path / "out", some, "b", torch.float32)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
 
 
 def test_numbers_that_do_not_fit_the_dtype_are_refused(layout: BaseLayout, tmp_path: Path) -> None:

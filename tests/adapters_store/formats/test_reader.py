@@ -46,7 +46,7 @@ def test_a_change_of_either_file_changes_the_digest(file: str, adapter_files: An
     assert adapter_files.read(folder).digest != before
 
 
-@pytest.mark.parametrize("peft_type", [None, "IA3", "lora", ["LORA"], 3])
+@pytest.mark.parametrize("peft_type", [None, "NEW", "lora", ["LORA"], 3])
 def test_a_format_that_is_not_read_is_refused_with_those_that_are(
     peft_type: object, adapter_files: Any
 ) -> None:

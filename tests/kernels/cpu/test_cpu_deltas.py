@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polydelta.kernels.cpu import deltas
 from polydelta.kernels.cpu.kernels import CpuKernels
-from polydelta.kernels.ops import LowRankBlock, LowRankWeights, SparseWeights
+from polydelta.kernels.delta_weights import LowRankBlock, LowRankWeights, SparseWeights
 from polydelta.kernels.reference import ReferenceKernels
 
 Near = Callable[[Tensor, Tensor, torch.dtype], None]
@@ -54,11 +54,11 @@ def widened(weights: LowRankWeights) -> LowRankWeights:
 
 def check_low_rank(near: Near, y: Tensor, x: Tensor, weights: LowRankWeights) -> None:
     expected = y.double()
-    ReferenceKernels().low_rank(widened(weights))(expected, x.double())
+    ReferenceKernels().add_delta(widened(weights))(expected, x.double())
     without_compiler = y.clone()
-    CpuKernels().low_rank(weights)(y, x)
+    CpuKernels().add_delta(weights)(y, x)
     near(y, expected, y.dtype)
-    deltas.low_rank(weights, None)(without_compiler, x)
+    deltas.add_delta(weights, None)(without_compiler, x)
     near(without_compiler, expected, y.dtype)
 
 
@@ -118,9 +118,9 @@ def test_a_wrong_row_would_be_noticed(near: Near, dtype: torch.dtype) -> None:
     weights = low_rank(dtype, [(0, OUT, 0, 3)], 3)
     y, x = torch.randn(9, OUT).to(dtype), torch.randn(9, IN).to(dtype)
     expected = y.double()
-    ReferenceKernels().low_rank(widened(weights))(expected, x.double())
+    ReferenceKernels().add_delta(widened(weights))(expected, x.double())
     expected[4] = expected[5]
-    CpuKernels().low_rank(weights)(y, x)
+    CpuKernels().add_delta(weights)(y, x)
     with pytest.raises(AssertionError, match=r"rows \[4\]"):
         near(y, expected, dtype)
 
@@ -134,8 +134,8 @@ def sparse(dtype: torch.dtype, dense: Tensor) -> SparseWeights:
 def check_sparse(near: Near, y: Tensor, x: Tensor, weights: SparseWeights) -> None:
     expected = y.double()
     wide = SparseWeights(weights.row_pointers, weights.columns, weights.values.double())
-    ReferenceKernels().sparse(wide)(expected, x.double())
-    CpuKernels().sparse(weights)(y, x)
+    ReferenceKernels().add_delta(wide)(expected, x.double())
+    CpuKernels().add_delta(weights)(y, x)
     near(y, expected, y.dtype)
 
 
@@ -156,7 +156,7 @@ def test_sparse_agrees_with_the_reference(
 def test_a_sparse_delta_without_entries_changes_nothing(dtype: torch.dtype, rows: int) -> None:
     y, x = torch.randn(rows, OUT).to(dtype), torch.randn(rows, IN).to(dtype)
     before = y.clone()
-    CpuKernels().sparse(sparse(dtype, torch.zeros(OUT, IN)))(y, x)
+    CpuKernels().add_delta(sparse(dtype, torch.zeros(OUT, IN)))(y, x)
     assert torch.equal(y, before)
 
 

@@ -16,8 +16,8 @@ from polydelta.kernels.cpu import native
 from polydelta.kernels.cpu.fusing import FusedEntries
 from polydelta.kernels.cpu.linear import PackedLinear
 from polydelta.kernels.cpu.packed_layout import layout_of, memory_of, pack
+from polydelta.kernels.delta_weights import LowRankBlock, LowRankWeights, SparseWeights
 from polydelta.kernels.fusing import Fused, FusedWeight, entry_rows, with_deltas
-from polydelta.kernels.ops import LowRankBlock, LowRankWeights, SparseWeights
 
 Near = Callable[[Tensor, Tensor, torch.dtype], None]
 Delta = LowRankWeights | SparseWeights

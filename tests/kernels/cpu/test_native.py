@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from polydelta.kernels.cpu import native
-from polydelta.kernels.ops import LowRankBlock, LowRankWeights
+from polydelta.kernels.cpu.native_deltas import NativeDelta, bind
+from polydelta.kernels.delta_weights import LowRankBlock, LowRankWeights
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
@@ -21,13 +22,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "polydelta"
 
 
-def bound(b_t: list[list[float]]) -> native.NativeLowRank:
+def bound(b_t: list[list[float]]) -> NativeDelta:
     """A delta of rank 1 on one input: `y += x * b_t`."""
     library = native.load()
     assert library is not None
     block = LowRankBlock(0, 0, torch.tensor(b_t, dtype=torch.bfloat16))
     weights = LowRankWeights(torch.ones(1, 1, dtype=torch.bfloat16), (block,))
-    return native.NativeLowRank(library, weights)
+    return bind(library, weights)
 
 
 @needs_compiler

@@ -1,0 +1,1 @@
+"""What others wrote about a fine-tuned model, made into adapter folders."""

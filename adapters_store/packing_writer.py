@@ -1,0 +1,59 @@
+"""One layer's bytes, as they are laid out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polydelta.adapters_store.packed import (
+    ALIGNMENT,
+    PackedMatrix,
+    PackedVector,
+    matrix_view,
+    vector_view,
+)
+
+
+class LayerWriter:
+    """Gives tensors their places in a layer, then writes them all at once."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        """dtype: of matrices."""
+        self.dtype = dtype
+        self._nbytes = 0
+        self._matrices: list[tuple[PackedMatrix, Tensor, torch.dtype]] = []
+        self._vectors: list[tuple[PackedVector, Tensor]] = []
+
+    def matrix(self, tensor: Tensor) -> PackedMatrix:
+        return self._matrix(tensor, self.dtype)
+
+    def byte_matrix(self, tensor: Tensor) -> PackedMatrix:
+        """tensor: uint8."""
+        return self._matrix(tensor, torch.uint8)
+
+    def vector(self, tensor: Tensor, dtype: torch.dtype) -> PackedVector:
+        packed = PackedVector(self._nbytes, len(tensor), dtype)
+        self._vectors.append((packed, tensor))
+        self._nbytes += _aligned(len(tensor) * dtype.itemsize)
+        return packed
+
+    def data(self) -> Tensor:
+        """`[nbytes]` uint8."""
+        data = torch.zeros(self._nbytes, dtype=torch.uint8)
+        for matrix, tensor, dtype in self._matrices:
+            matrix_view(data, matrix, dtype).copy_(tensor)
+        for vector, tensor in self._vectors:
+            vector_view(data, vector).copy_(tensor)
+        return data
+
+    def _matrix(self, tensor: Tensor, dtype: torch.dtype) -> PackedMatrix:
+        rows, columns = tensor.shape
+        row_bytes = _aligned(columns * dtype.itemsize)
+        packed = PackedMatrix(self._nbytes, (rows, columns), row_bytes // dtype.itemsize)
+        self._matrices.append((packed, tensor, dtype))
+        self._nbytes += rows * row_bytes
+        return packed
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,105 @@
+"""Packed deltas as the kernels take them: views of the pool's bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polydelta.adapters_store.packed import (
+    PackedCirculant,
+    PackedColumns,
+    PackedKronecker,
+    PackedLowRank,
+    PackedOneBit,
+    PackedRotate,
+    PackedRows,
+    PackedScale,
+    PackedSparse,
+    PackedTopK,
+    matrix_view,
+    vector_view,
+)
+from polydelta.kernels.delta_weights import (
+    AddWeights,
+    ChangeWeights,
+    CirculantWeights,
+    ColumnsWeights,
+    KroneckerWeights,
+    LowRankBlock,
+    LowRankWeights,
+    OneBitWeights,
+    RotateWeights,
+    RowsWeights,
+    ScaleWeights,
+    SparseWeights,
+    TopKWeights,
+)
+
+# Kinds of `y += f(x)`, and of `y = f(y)`.
+PackedAdd = (
+    PackedLowRank
+    | PackedSparse
+    | PackedColumns
+    | PackedRows
+    | PackedOneBit
+    | PackedKronecker
+    | PackedCirculant
+    | PackedTopK
+)
+PackedChange = PackedScale | PackedRotate
+
+
+def add_weights(delta: PackedAdd, data: Tensor, dtype: torch.dtype) -> AddWeights:
+    """data: the layer's bytes; dtype: of the adapter's matrices."""
+    match delta:
+        case PackedLowRank():
+            return low_rank_view(delta, data, dtype)
+        case PackedSparse():
+            return sparse_view(delta, data)
+        case PackedColumns():
+            indices = vector_view(data, delta.indices)
+            return ColumnsWeights(delta.out_start, indices, matrix_view(data, delta.block_t, dtype))
+        case PackedRows():
+            indices = vector_view(data, delta.indices)
+            return RowsWeights(indices, matrix_view(data, delta.block, dtype))
+        case PackedOneBit():
+            bits = matrix_view(data, delta.bits, torch.uint8)
+            return OneBitWeights(delta.out_start, bits, vector_view(data, delta.scale))
+        case PackedKronecker():
+            left, right = (matrix_view(data, m, dtype) for m in (delta.left, delta.right))
+            return KroneckerWeights(delta.out_start, left, right)
+        case PackedCirculant():
+            kernel = matrix_view(data, delta.kernel, dtype).unflatten(0, (-1, delta.columns))
+            return CirculantWeights(delta.out_start, kernel)
+        case PackedTopK():
+            a, b_t = (matrix_view(data, m, dtype) for m in (delta.a, delta.b_t))
+            bias = vector_view(data, delta.bias)
+            return TopKWeights(delta.out_start, delta.keep, a, bias, b_t)
+
+
+def change_weights(delta: PackedChange, data: Tensor) -> ChangeWeights:
+    """data: the layer's bytes."""
+    match delta:
+        case PackedScale():
+            return ScaleWeights(delta.out_start, vector_view(data, delta.vector))
+        case PackedRotate():
+            cos, sin, partner = (
+                vector_view(data, vector) for vector in (delta.cos, delta.sin, delta.partner)
+            )
+            return RotateWeights(delta.out_start, cos, sin, partner)
+
+
+def low_rank_view(delta: PackedLowRank, data: Tensor, dtype: torch.dtype) -> LowRankWeights:
+    blocks = tuple(
+        LowRankBlock(block.out_start, block.rank_start, matrix_view(data, block.b_t, dtype))
+        for block in delta.blocks
+    )
+    return LowRankWeights(matrix_view(data, delta.a, dtype), blocks)
+
+
+def sparse_view(delta: PackedSparse, data: Tensor) -> SparseWeights:
+    return SparseWeights(
+        vector_view(data, delta.row_pointers),
+        vector_view(data, delta.columns),
+        vector_view(data, delta.values),
+    )
