@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import TypeVar
 
 import torch
@@ -54,8 +56,8 @@ from polydelta.adapters_store.packing_writer import LayerWriter
 from polydelta.adapters_store.token_packing import TokenPacker
 
 D = TypeVar("D", bound=Delta)
-# Deltas of one kind in a fused linear: where a part's outputs start, and those of the part.
-Parts = Sequence[tuple[int, Sequence[D]]]
+# Deltas of one kind in a fused linear, part by part, each with where its part's outputs start.
+Placed = Sequence[tuple[int, D]]
 
 
 def pack(adapter: Adapter, layout: BaseLayout, dtype: torch.dtype) -> PackedAdapter:
@@ -90,10 +92,7 @@ def _pack_layer(
     writer = LayerWriter(dtype)
     packed: list[PackedDelta] = []
     for index, linear in enumerate(layout.linears):
-        parts = [
-            (out_start, modules.get(layout.module_name(layer, part.name), ()))
-            for part, out_start in linear.spans()
-        ]
+        parts = [modules.get(layout.module_name(layer, part.name), ()) for part in linear.parts]
         packed += _pack_linear(writer, index, linear, parts)
     for index, norm in enumerate(layout.norms):
         for delta in modules.get(layout.module_name(layer, norm.name), ()):
@@ -104,39 +103,43 @@ def _pack_layer(
 
 
 def _pack_linear(
-    writer: LayerWriter, index: int, linear: FusedLinear, parts: Parts[Delta]
+    writer: LayerWriter, index: int, linear: FusedLinear, parts: Sequence[Sequence[Delta]]
 ) -> list[PackedDelta]:
+    """parts: the deltas of each part of the linear."""
     packed: list[PackedDelta] = []
-    if low_rank := _of_kind(parts, LowRank):
+    placed = [
+        (out_start, delta)
+        for (_, out_start), deltas in zip(linear.spans(), parts, strict=True)
+        for delta in deltas
+    ]
+    if low_rank := _of_kind(placed, LowRank):
         packed.append(_pack_low_rank(writer, index, low_rank))
-    if sparse := _of_kind(parts, Sparse):
+    if sparse := _of_kind(placed, Sparse):
         packed.append(_pack_sparse(writer, index, linear, sparse))
-    if rows := _of_kind(parts, Rows):
+    if rows := _of_kind(placed, Rows):
         packed.append(_pack_rows(writer, index, rows))
-    for (part, out_start), (_, deltas) in zip(linear.spans(), parts, strict=True):
-        for delta in deltas:
-            if isinstance(delta, Scale) and delta.side is Side.INPUT:
-                vector, whole = writer.vector(delta.vector, torch.float32), len(linear.parts) == 1
-                span = (out_start, part.out_features)
-                packed.append(PackedInputScale(index, *span, whole, vector))
-            else:
-                packed += _pack_one(writer, index, out_start, delta)
+    for (part, out_start), deltas in zip(linear.spans(), parts, strict=True):
+        if scales := [d.vector for d in deltas if isinstance(d, Scale) and d.side is Side.INPUT]:
+            # Several scale one after the other.
+            vector = writer.vector(torch.stack(scales).prod(0), torch.float32)
+            span, whole = (out_start, part.out_features), len(linear.parts) == 1
+            packed.append(PackedInputScale(index, *span, whole, vector))
+    for out_start, delta in placed:
+        packed += _pack_one(writer, index, out_start, delta)
     return packed
 
 
-def _of_kind(parts: Parts[Delta], kind: type[D]) -> list[tuple[int, Sequence[D]]]:
-    """Parts that have none of this kind are left out."""
-    found = [(start, [d for d in deltas if isinstance(d, kind)]) for start, deltas in parts]
-    return [(start, deltas) for start, deltas in found if deltas]
+def _of_kind(placed: Placed[Delta], kind: type[D]) -> list[tuple[int, D]]:
+    return [(out_start, delta) for out_start, delta in placed if isinstance(delta, kind)]
 
 
-def _pack_low_rank(writer: LayerWriter, linear: int, parts: Parts[LowRank]) -> PackedLowRank:
+def _pack_low_rank(writer: LayerWriter, linear: int, placed: Placed[LowRank]) -> PackedLowRank:
     """The ranks of a part's deltas are concatenated."""
-    a = writer.matrix(torch.cat([delta.a for _, deltas in parts for delta in deltas]))
+    a = writer.matrix(torch.cat([delta.a for _, delta in placed]))
     blocks: list[LowRankBlock] = []
     rank_start = 0
-    for out_start, deltas in parts:
-        b_t = torch.cat([delta.b.T for delta in deltas])
+    for out_start, of_part in groupby(placed, key=itemgetter(0)):
+        b_t = torch.cat([delta.b.T for _, delta in of_part])
         rank, out_features = b_t.shape
         blocks.append(LowRankBlock(out_start, out_features, rank_start, rank, writer.matrix(b_t)))
         rank_start += rank
@@ -144,11 +147,10 @@ def _pack_low_rank(writer: LayerWriter, linear: int, parts: Parts[LowRank]) -> P
 
 
 def _pack_sparse(
-    writer: LayerWriter, index: int, linear: FusedLinear, parts: Parts[Sparse]
+    writer: LayerWriter, index: int, linear: FusedLinear, placed: Placed[Sparse]
 ) -> PackedSparse:
     """Entries of a part's deltas that meet are summed."""
     shape = (linear.out_features, linear.in_features)
-    placed = [(out_start, delta) for out_start, deltas in parts for delta in deltas]
     places = torch.cat([_places(delta, out_start) for out_start, delta in placed])
     entries, to_entry = torch.unique(places, return_inverse=True)
     values = torch.zeros(len(entries), dtype=torch.float32)
@@ -170,9 +172,8 @@ def _places(delta: Sparse, out_start: int) -> Tensor:
     return (rows + out_start) * delta.shape[1] + delta.columns
 
 
-def _pack_rows(writer: LayerWriter, linear: int, parts: Parts[Rows]) -> PackedRows:
+def _pack_rows(writer: LayerWriter, linear: int, placed: Placed[Rows]) -> PackedRows:
     """A row may occur several times."""
-    placed = [(out_start, delta) for out_start, deltas in parts for delta in deltas]
     indices = torch.cat([delta.indices + out_start for out_start, delta in placed])
     block = torch.cat([delta.block for _, delta in placed])
     return PackedRows(linear, writer.vector(indices, torch.int32), writer.matrix(block))
@@ -199,7 +200,7 @@ def _pack_one(
         case TopK():
             a, bias = writer.matrix(delta.a), writer.vector(delta.bias, floats)
             yield PackedTopK(linear, out_start, delta.keep, a, bias, writer.matrix(delta.b.T))
-        case Scale(vector):
+        case Scale(vector, Side.OUTPUT):
             yield PackedScale(linear, out_start, writer.vector(vector, floats))
         case Rotate():
             cos, sin = writer.vector(delta.cos, floats), writer.vector(delta.sin, floats)

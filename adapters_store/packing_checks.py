@@ -14,6 +14,7 @@ from polydelta.adapters_store.delta import (
     Delta,
     Dense,
     Invocation,
+    LinearDelta,
     LowRank,
     Matrix,
     NormWeight,
@@ -27,8 +28,8 @@ from polydelta.adapters_store.delta import (
 )
 from polydelta.adapters_store.errors import InvalidAdapterError
 
-# Of these the base's head or embedding can have deltas; a whole one that was replaced is TokenRows.
-_OF_TOKENS = LowRank | Scale | Bias | TokenRows
+# Of these the base's head or embedding can have deltas, beside TokenRows.
+_OF_TOKENS = LowRank | Scale | Bias
 
 
 def check_adapter(adapter: Adapter, layout: BaseLayout, dtype: torch.dtype) -> None:
@@ -63,11 +64,12 @@ def _expected_shape(delta: Delta, module: str, layout: BaseLayout) -> tuple[int,
     if isinstance(delta, NormWeight):
         size = layout.norm_sizes.get(module)
         return None if size is None else (size,)
-    if module in (EMBEDDING, HEAD):
-        if not isinstance(delta, _OF_TOKENS) or _on_input(delta):
-            return None
-        if isinstance(delta, TokenRows):
-            return (layout.hidden_size,)
+    of_tokens = module in (EMBEDDING, HEAD)
+    if of_tokens and isinstance(delta, TokenRows):
+        return (layout.hidden_size,)
+    served = isinstance(delta, _OF_TOKENS if of_tokens else LinearDelta)
+    if not served or (of_tokens and _on_input(delta)):
+        return None
     shape = layout.target_shapes.get(module)
     if shape is None or isinstance(delta, Matrix | TopK):
         return shape
@@ -107,6 +109,8 @@ def _check_range(module: str, delta: Delta, dtype: torch.dtype) -> None:
     limit = torch.finfo(dtype).max
     for field in fields(delta):
         value = getattr(delta, field.name)
+        if isinstance(value, float):
+            value = torch.tensor(value)
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         largest = value.abs().max().item() if value.numel() else 0.0

@@ -17,7 +17,6 @@ from polydelta.adapters_store.formats.quantized import (
     QUANTIZATION,
     SCALE_SUFFIX,
     Quantization,
-    longest_axis,
     packed_codes,
 )
 
@@ -33,9 +32,9 @@ _LISTS_OF_VALUES = (
     "unilora_theta_d",
     "waveft_spectrum",
 )
-# Of the scale that would hold a group's largest number; where less is clipped than is gained by
-# finer steps, a smaller one is better. Around 4 bits that is so.
-_SHARES = torch.linspace(1.0, 0.5, 26).tolist()
+# Of the scale that just holds a group's largest number. The first still holds it when it is rounded
+# to bfloat16; a small one clips, which around 4 bits loses less than its finer steps gain.
+_SHARES = (1 + 2**-8, *torch.linspace(1.0, 0.5, 26).tolist())
 
 
 def quantize(
@@ -55,11 +54,11 @@ def quantize(
     if group_size < 1:
         raise InvalidAdapterError(f"group_size is {group_size}: take 1 or more, such as 64.")
     stored: dict[str, Tensor] = {}
-    chosen = {name: tensor for name, tensor in tensors.items() if _worth_it(name, tensor)}
+    chosen = {name: tensor for name, tensor in tensors.items() if _worth_it(name, tensor, bits)}
     if not chosen:
         raise InvalidAdapterError(
-            f"The adapter has no floating-point matrix of {_MIN_ELEMENTS} elements or more, so "
-            "quantising would not make it smaller: leave it as it is."
+            f"The adapter has no matrix of {_MIN_ELEMENTS} numbers or more in more than {bits} "
+            "bits, so quantising would not make it smaller: leave it as it is, or take fewer bits."
         )
     for name, tensor in tensors.items():
         if name in chosen:
@@ -77,9 +76,10 @@ def quantize(
     return told, stored
 
 
-def _worth_it(name: str, tensor: Tensor) -> bool:
+def _worth_it(name: str, tensor: Tensor, bits: int) -> bool:
     return (
         tensor.is_floating_point()
+        and tensor.element_size() * 8 > bits
         and tensor.numel() >= _MIN_ELEMENTS
         and (tensor.dim() > 1 or name.endswith(_LISTS_OF_VALUES))
     )
@@ -87,7 +87,7 @@ def _worth_it(name: str, tensor: Tensor) -> bool:
 
 def _quantized(tensor: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     """Codes `[elements]` float32, and scales `[groups]` bfloat16."""
-    flat = tensor.movedim(longest_axis(tuple(tensor.shape)), -1).flatten()
+    flat = tensor.flatten()
     count = len(flat)
     groups = torch.nn.functional.pad(flat, (0, -count % group_size)).view(-1, group_size)
     if bits == 1:
@@ -105,13 +105,16 @@ def _quantized(tensor: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tens
 def _best_scales(groups: Tensor, level: int) -> Tensor:
     """`[groups]` bfloat16."""
     largest = groups.abs().amax(1)
+    # Squares of the numbers themselves may not fit float32.
+    unit = torch.where(largest > 0, largest, 1.0)
+    relative = groups / unit.unsqueeze(1)
     best = torch.zeros_like(largest, dtype=torch.bfloat16)
     least = torch.full_like(largest, torch.inf)
     for share in _SHARES:
         # Rounded first, so that the codes are chosen for the scale that is stored.
         scales = (largest * (share / level)).bfloat16()
-        values = scales.float()
-        error = (_codes(groups, values, level) * values.unsqueeze(1) - groups).square().sum(1)
+        steps = scales.float() / unit
+        error = (_codes(relative, steps, level) * steps.unsqueeze(1) - relative).square().sum(1)
         better = error < least
         best[better], least[better] = scales[better], error[better]
     return best

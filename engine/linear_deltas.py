@@ -14,10 +14,15 @@ from polydelta.adapters_store.packed import (
     PackedDelta,
     PackedInputScale,
     PackedNorm,
+    PackedRotate,
+    PackedScale,
     vector_view,
 )
 from polydelta.engine.delta_views import PackedAdd, PackedChange, add_weights, change_weights
 from polydelta.kernels.ops import AddDelta, ChangeOutput, Kernels, Linear
+
+# What is bound to a linear layer.
+PackedLinear = PackedAdd | PackedChange | PackedInputScale | PackedBias
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,29 +64,34 @@ class LinearDeltas:
             y.narrow(1, bias.start, bias.count).add_(bias.vector, alpha=weight)
 
 
+    def bind(
+        self, delta: PackedLinear, data: Tensor, dtype: torch.dtype, kernels: Kernels
+    ) -> None:
+        """One more. data: the layer's bytes in the pool; dtype: the adapter's."""
+        match delta:
+            case PackedInputScale() if delta.whole:
+                self.input_scale = vector_view(data, delta.vector)
+            case PackedInputScale():
+                vector = vector_view(data, delta.vector)
+                self.part_scales.append(Columns(delta.out_start, delta.out_features, vector))
+            case PackedBias():
+                vector = vector_view(data, delta.vector)
+                self.biases.append(Columns(delta.out_start, len(vector), vector))
+            case PackedScale() | PackedRotate():
+                self.changes.append(kernels.change_output(change_weights(delta, data)))
+            case _:
+                self.adds.append(kernels.add_delta(add_weights(delta, data, dtype)))
+
+
 def bind_linears(
     deltas: Iterable[PackedDelta], data: Tensor, dtype: torch.dtype, kernels: Kernels
 ) -> dict[int, LinearDeltas]:
-    """By index of the linear layer. data: the layer's bytes in the pool; dtype: the adapter's."""
+    """By index in `BaseLayout.linears`. data: the layer's bytes in the pool; dtype: the
+    adapter's."""
     bound: defaultdict[int, LinearDeltas] = defaultdict(LinearDeltas)
     for delta in deltas:
-        match delta:
-            case PackedInputScale() if delta.whole:
-                bound[delta.linear].input_scale = vector_view(data, delta.vector)
-            case PackedInputScale():
-                vector = vector_view(data, delta.vector)
-                part = Columns(delta.out_start, delta.out_features, vector)
-                bound[delta.linear].part_scales.append(part)
-            case PackedBias():
-                vector = vector_view(data, delta.vector)
-                part = Columns(delta.out_start, len(vector), vector)
-                bound[delta.linear].biases.append(part)
-            case _ if isinstance(delta, PackedChange):
-                change = kernels.change_output(change_weights(delta, data))
-                bound[delta.linear].changes.append(change)
-            case _ if isinstance(delta, PackedAdd):
-                add = kernels.add_delta(add_weights(delta, data, dtype))
-                bound[delta.linear].adds.append(add)
+        if isinstance(delta, PackedLinear) and delta.linear >= 0:
+            bound[delta.linear].bind(delta, data, dtype, kernels)
     return dict(bound)
 
 

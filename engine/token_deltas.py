@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,16 +12,18 @@ from torch import Tensor
 from polydelta.adapters_store.packed import (
     EMBEDDING_LINEAR,
     HEAD_LINEAR,
+    PackedBias,
     PackedDelta,
     PackedHeadExpand,
     PackedHeadShrink,
+    PackedScale,
     PackedTokenExpand,
     PackedTokenRows,
     PackedTokenShrink,
     matrix_view,
     vector_view,
 )
-from polydelta.engine.linear_deltas import LinearDeltas, bind_linears
+from polydelta.engine.linear_deltas import LinearDeltas
 from polydelta.kernels.delta_weights import LowRankBlock, LowRankWeights
 from polydelta.kernels.ops import Kernels, Linear
 
@@ -31,114 +33,109 @@ Layer = tuple[Sequence[PackedDelta], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class TokenMatrix:
-    """Rows of some tokens, in pieces: one in each of some layers, the same number in all but the
-    last."""
+    """A matrix in pieces: one in each of some layers, of as many rows in all but the last."""
 
-    # [n] int64, ascending
-    ids: Tensor
     # [rows, columns] each
     pieces: Sequence[Tensor]
 
+    def rows(self, places: Tensor) -> Tensor:
+        """Those at `[n]` int64, `[n, columns]`."""
+        first = self.pieces[0]
+        rows = first.new_empty(len(places), first.shape[1])
+        pieces, offsets = places // len(first), places % len(first)
+        for piece in pieces.unique().tolist():
+            here = pieces == piece
+            rows[here] = self.pieces[piece][offsets[here]]
+        return rows
+
+
+@dataclass(frozen=True, eq=False)
+class ReplacedRows:
+    """Rows of some tokens."""
+
+    # [n] int64, ascending
+    ids: Tensor
+    # [n, hidden]
+    matrix: TokenMatrix
+
     def find(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the tokens `[t]` have a row, `[found]`, and these, `[found, columns]`."""
+        """Which of the tokens `[t]` have a row, `[found]`, and these, `[found, hidden]`."""
         places = torch.searchsorted(self.ids, tokens).clamp_(max=len(self.ids) - 1)
         found = (self.ids[places] == tokens).nonzero().squeeze(1)
-        piece, place = self._split(places[found])
-        rows = self.pieces[0].new_empty(len(found), self.pieces[0].shape[1])
-        for index in piece.unique().tolist():
-            here = piece == index
-            rows[here] = self.pieces[index][place[here]]
-        return found, rows
+        return found, self.matrix.rows(places[found])
 
-    def _split(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        size = len(self.pieces[0])
-        return places // size, places % size
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ids and rows, piece by piece."""
+        each = self.matrix.pieces
+        return zip(self.ids.split(len(each[0])), each, strict=True)
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingDeltas:
-    """`e(token) = base(token) + A[:, token] @ B.T`, or a row of its own."""
+    """`e(token) = base(token) + A[:, token] @ B.T`, the base's row being replaced where the token
+    has one of its own, and scaled; and a bias."""
 
-    linear: LinearDeltas | None
-    # [vocab, rank] in pieces, with [rank, hidden]
+    rows: ReplacedRows | None
+    vectors: LinearDeltas
+    # [vocab, rank] and [rank, hidden]
     low_rank: tuple[TokenMatrix, Tensor] | None
-    rows: TokenMatrix | None
 
     def apply(self, embedded: Tensor, tokens: Tensor, weight: float) -> None:
         """embedded: `[rows, hidden]`, the base's, changed in place; tokens: `[rows]` int64; weight:
         the adapter's in a sum."""
-        if self.linear is not None:
-            self.linear.apply(embedded, embedded, weight, _identity)
-        if self.low_rank is not None:
-            matrix, b_t = self.low_rank
-            _, shrunk = matrix.find(tokens)
-            embedded.addmm_(shrunk, b_t, alpha=weight)
         if self.rows is not None:
-            found, rows = self.rows.find(tokens)
-            embedded.index_copy_(0, found, rows)
+            embedded.index_copy_(0, *self.rows.find(tokens))
+        self.vectors.apply(embedded, embedded, weight, _identity)
+        if self.low_rank is not None:
+            a_t, b_t = self.low_rank
+            embedded.addmm_(a_t.rows(tokens), b_t, alpha=weight)
 
 
 @dataclass(frozen=True, eq=False)
 class HeadDeltas:
-    """What an adapter makes of logits."""
+    """What an adapter makes of logits; other deltas act on what replaced rows give."""
 
-    linear: LinearDeltas | None
-    rows: TokenMatrix | None
+    rows: ReplacedRows | None
+    linear: LinearDeltas
 
     def apply(self, logits: Tensor, hidden: Tensor, weight: float, base: Linear) -> None:
         """logits: `[rows, vocab]`, the base's, changed in place; hidden: `[rows, hidden]`."""
         if self.rows is not None:
-            for ids, piece in zip(
-                self.rows.ids.split(len(self.rows.pieces[0])), self.rows.pieces, strict=True
-            ):
+            for ids, piece in self.rows.pieces():
                 logits.index_copy_(1, ids, F.linear(hidden, piece))
-        if self.linear is not None:
-            self.linear.apply(logits, hidden, weight, base)
+        self.linear.apply(logits, hidden, weight, base)
 
 
 def bind_embedding(
     layers: Sequence[Layer], dtype: torch.dtype, kernels: Kernels
-) -> EmbeddingDeltas | None:
-    """None when the adapter does not change the embedding."""
-    linear = bind_linears(*layers[0], dtype, kernels).get(EMBEDDING_LINEAR)
-    rows = _token_rows(layers, EMBEDDING_LINEAR, dtype)
-    pieces, b_t, num_tokens = [], None, 0
-    for deltas, data in layers:
-        for delta in deltas:
-            if isinstance(delta, PackedTokenShrink):
+) -> EmbeddingDeltas:
+    pieces, b_t = [], None
+    for delta, data in _each(layers):
+        match delta:
+            case PackedTokenShrink():
                 pieces.append(matrix_view(data, delta.a_t, dtype))
-                num_tokens = delta.first_id + len(pieces[-1])
-            elif isinstance(delta, PackedTokenExpand):
+            case PackedTokenExpand():
                 b_t = matrix_view(data, delta.b_t, dtype)
-    low_rank = None
-    if b_t is not None:
-        low_rank = TokenMatrix(torch.arange(num_tokens, device=b_t.device), pieces), b_t
-    if linear is None and rows is None and low_rank is None:
-        return None
-    return EmbeddingDeltas(linear, low_rank, rows)
+    return EmbeddingDeltas(
+        _replaced_rows(layers, EMBEDDING_LINEAR, dtype),
+        _vectors(layers, EMBEDDING_LINEAR, dtype, kernels),
+        None if b_t is None else (TokenMatrix(pieces), b_t),
+    )
 
 
-def bind_head(layers: Sequence[Layer], dtype: torch.dtype, kernels: Kernels) -> HeadDeltas | None:
-    """None when the adapter does not change the head."""
-    linear = LinearDeltas()
+def bind_head(layers: Sequence[Layer], dtype: torch.dtype, kernels: Kernels) -> HeadDeltas:
+    linear = _vectors(layers, HEAD_LINEAR, dtype, kernels)
     a, blocks = None, []
-    for deltas, data in layers:
-        for delta in deltas:
-            if isinstance(delta, PackedHeadShrink):
+    for delta, data in _each(layers):
+        match delta:
+            case PackedHeadShrink():
                 a = matrix_view(data, delta.a, dtype)
-            elif isinstance(delta, PackedHeadExpand):
-                b_t = matrix_view(data, delta.block.b_t, dtype)
-                blocks.append(LowRankBlock(delta.block.out_start, 0, b_t))
-        if (here := bind_linears(deltas, data, dtype, kernels).get(HEAD_LINEAR)) is not None:
-            linear.changes += here.changes
-            linear.biases += here.biases
+            case PackedHeadExpand(block):
+                b_t = matrix_view(data, block.b_t, dtype)
+                blocks.append(LowRankBlock(block.out_start, block.rank_start, b_t))
     if a is not None:
         linear.adds.append(kernels.add_delta(LowRankWeights(a, tuple(blocks))))
-    rows = _token_rows(layers, HEAD_LINEAR, dtype)
-    used = linear.changes or linear.adds or linear.biases
-    if not used and rows is None:
-        return None
-    return HeadDeltas(linear if used else None, rows)
+    return HeadDeltas(_replaced_rows(layers, HEAD_LINEAR, dtype), linear)
 
 
 def changes_tokens(deltas: Sequence[Sequence[PackedDelta]]) -> bool:
@@ -151,15 +148,31 @@ def changes_tokens(deltas: Sequence[Sequence[PackedDelta]]) -> bool:
     )
 
 
-def _token_rows(layers: Sequence[Layer], linear: int, dtype: torch.dtype) -> TokenMatrix | None:
-    ids, pieces = [], []
+def _each(layers: Sequence[Layer]) -> Iterator[tuple[PackedDelta, Tensor]]:
     for deltas, data in layers:
         for delta in deltas:
-            if isinstance(delta, PackedTokenRows) and delta.linear == linear:
-                # The ids are few bytes beside the rows: copied, so that they are one vector.
-                ids.append(vector_view(data, delta.ids).clone())
-                pieces.append(matrix_view(data, delta.rows, dtype))
-    return TokenMatrix(torch.cat(ids), pieces) if pieces else None
+            yield delta, data
+
+
+def _vectors(
+    layers: Sequence[Layer], linear: int, dtype: torch.dtype, kernels: Kernels
+) -> LinearDeltas:
+    """Scales and biases."""
+    bound = LinearDeltas()
+    for delta, data in _each(layers):
+        if isinstance(delta, PackedScale | PackedBias) and delta.linear == linear:
+            bound.bind(delta, data, dtype, kernels)
+    return bound
+
+
+def _replaced_rows(layers: Sequence[Layer], linear: int, dtype: torch.dtype) -> ReplacedRows | None:
+    ids, pieces = [], []
+    for delta, data in _each(layers):
+        if isinstance(delta, PackedTokenRows) and delta.linear == linear:
+            # The ids are few bytes beside the rows: copied, so that they are one vector.
+            ids.append(vector_view(data, delta.ids).clone())
+            pieces.append(matrix_view(data, delta.rows, dtype))
+    return ReplacedRows(torch.cat(ids), TokenMatrix(pieces)) if pieces else None
 
 
 def _identity(x: Tensor) -> Tensor:

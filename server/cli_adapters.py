@@ -16,6 +16,7 @@ from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.server import options
 from polydelta.server.cli_convert import convert
 from polydelta.server.cli_distill import distill_delta
+from polydelta.server.cli_formats import formats
 from polydelta.server.cli_import import imports
 from polydelta.server.cli_merge import merge
 from polydelta.server.cli_push import push
@@ -40,6 +41,7 @@ adapters.command("merge")(merge)
 adapters.command("convert")(convert)
 adapters.command("quantize")(quantize)
 adapters.command("push")(push)
+adapters.command("formats")(formats)
 
 
 @adapters.command("list")

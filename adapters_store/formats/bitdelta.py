@@ -7,6 +7,7 @@ distill-delta` and `polydelta adapters import bitdelta` write these folders.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,13 +30,7 @@ BITS, SCALE, BIAS = "bitdelta_bits", "bitdelta_scale", "bitdelta_bias"
 def pack_signs(dense: Tensor) -> Tensor:
     """`[out, in]` -> the bits of its signs as in `OneBit.bits`; 0 counts as positive, as in the
     authors' code."""
-    out_features, in_features = dense.shape
-    bytes_per_row = -(-in_features // 8)
-    ones = torch.zeros(out_features, bytes_per_row * 8, dtype=torch.uint8)
-    ones[:, :in_features] = dense >= 0
-    places = torch.arange(8, dtype=torch.uint8)
-    bits = ones.view(out_features, bytes_per_row, 8) << places
-    return bits.sum(2, dtype=torch.uint8)
+    return torch.from_numpy(np.packbits((dense >= 0).numpy(), axis=1, bitorder="little"))
 
 
 def _outline_module(_: Config, shapes: ModuleShapes) -> ModuleOutline:

@@ -237,12 +237,11 @@ FORMAT_ROWS = (
         (PROMPT,), _EXACT, "20 tokens", (on(_MODEL, prompt(20)),),
     ),
     FormatRow(
-        ("BOFT", "FOURIERFT", "FROD", "GLORA", "HIRA", "OFT", "OSF", "PEANUT", "RANDLORA"),
-        (DENSE,), _CONVERTED, "q/v", (on(_QV, dense),),
-    ),
-    FormatRow(
-        ("BONE init_weights=bat", "MISS init_weights=bat"),
-        (DENSE,), _CONVERTED, "q/v", (on(_QV, dense),),
+        (
+            "BOFT", "BONE init_weights=bat", "FOURIERFT", "FROD", "GLORA", "HIRA",
+            "MISS init_weights=bat", "OFT", "OSF", "PEANUT", "RANDLORA",
+        ),
+        (DENSE,), _CONVERTED, "any", (on(_QV, dense),),
     ),
 )  # fmt: skip
 

@@ -104,11 +104,17 @@ class BlockPatterns:
     count: int
     strict: bool
 
+    def is_a(self, module: str) -> bool:
+        return any(part in module for part in self.a)
+
+    def is_b(self, module: str) -> bool:
+        return any(part in module for part in self.b)
+
     def counts(self, module: str) -> tuple[int, int]:
         """In how many blocks A and B lie; 1 for a full matrix. Raises InvalidAdapterError for a
         module that the patterns do not decide."""
-        a, b = (any(part in module for part in parts) for parts in (self.a, self.b))
-        if a and b or (self.strict and not a and not b):
+        a, b = self.is_a(module), self.is_b(module)
+        if (a and b) or (self.strict and not (a or b)):
             raise InvalidAdapterError(
                 f"{CONFIG_FILE}: use_bdlora names {module[:200]!r} in "
                 f"{'both' if a else 'neither'} of target_modules_bd_a and target_modules_bd_b: "

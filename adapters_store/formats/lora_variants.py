@@ -20,7 +20,8 @@ def block_diagonal(blocks: Tensor, count: int) -> Tensor:
 
     blocks: [rows, columns / count] -> [rows, columns], zero but on the diagonal of blocks.
     """
-    return torch.block_diag(*blocks.chunk(count))
+    matrix: Tensor = torch.block_diag(*blocks.chunk(count))
+    return matrix
 
 
 def without_smallest(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -39,4 +40,5 @@ def dora_gains(magnitude: Tensor, weight: Tensor, change: Tensor) -> Tensor:
 
     magnitude: [out], weight and change: [out, in] -> [out].
     """
-    return magnitude / torch.linalg.vector_norm(weight + change, dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(weight + change, dim=1)
+    return magnitude / lengths

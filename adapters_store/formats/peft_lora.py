@@ -188,7 +188,9 @@ def _optional(settings: LoraSettings, module: str) -> tuple[str, ...]:
                 f"of {EMBEDDING!r} where they are the same: {MERGE_INSTEAD}."
             )
     diagonal = (_DIAGONAL,) if variant is Variant.KASA else ()
-    has_bias = settings.bias and module != EMBEDDING and _blocks(settings, module)[1] == 1
+    # PEFT's block-diagonal B has no bias.
+    in_blocks = settings.blocks is not None and settings.blocks.is_b(module)
+    has_bias = settings.bias and module != EMBEDDING and not in_blocks
     return (*diagonal, _BIAS) if has_bias else diagonal
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -92,14 +93,13 @@ class _Cayley:
 
 def _solve(divisor: Tensor, dividend: Tensor) -> Tensor:
     """`dividend @ divisor^-1`."""
-    try:
-        quotient: Tensor = torch.linalg.solve(divisor, dividend, left=False)
-    except torch.linalg.LinAlgError:
+    quotient, failed = torch.linalg.solve_ex(divisor, dividend, left=False)
+    if failed:
         raise InvalidAdapterError(
             f"A {_R} has numbers so large that no rotation can be made of it: take an earlier "
             "checkpoint."
-        ) from None
-    return quotient
+        )
+    return cast(Tensor, quotient)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Adapters of any format whose larger tensors are stored in 8, 4 or 1 bits.
 
 `polydelta_quantization` in the config says how, and the shape of every such tensor. Its elements,
-the longest axis running fastest (the last one of several), form groups of `group_size`; the last
-group may be smaller. Under the tensor's own name lie its codes, and under the name with
-`.polydelta_scale` one bfloat16 scale for each group:
+the last axis running fastest, form groups of `group_size`; the last group may be smaller. Under the
+tensor's own name lie its codes, and under the name with `.polydelta_scale` one bfloat16 scale for
+each group:
 
     8 bits   int8, value = code * scale
     4 bits   uint8, two elements in a byte, the first in the lower half; value = (code - 8) * scale
@@ -135,12 +135,6 @@ def dequantised(
     }
 
 
-def longest_axis(shape: Shape) -> int:
-    """Along which a tensor's groups run: the numbers that one rank of a LoRA or one row of a layer
-    multiplies are much alike, those across ranks are not."""
-    return max(range(len(shape)), key=lambda axis: (shape[axis], axis))
-
-
 def packed_codes(codes: Tensor, bits: int) -> Tensor:
     """codes: `[n]`, whole numbers from -LEVELS to LEVELS, of 1 bit -1 or 1 -> `[num_codes]`."""
     if bits == 8:
@@ -171,11 +165,7 @@ def _dequantised(name: str, tensors: Mapping[str, Tensor], how: Quantization) ->
     count = math.prod(shape)
     values = unpacked_codes(packed, how.bits, count)
     values *= scales.repeat_interleave(how.group_size)[:count]
-    if not shape:
-        return values.view(())
-    axis = longest_axis(shape)
-    moved = (*shape[:axis], *shape[axis + 1 :], shape[axis])
-    return values.view(moved).movedim(-1, axis).contiguous()
+    return values.view(shape)
 
 
 def _places(bits: int) -> Tensor:

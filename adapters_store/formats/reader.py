@@ -14,7 +14,7 @@ from polydelta.adapters_store.formats.files import (
     read_weights_bytes,
 )
 from polydelta.adapters_store.formats.modules import read_modules
-from polydelta.adapters_store.formats.peft_config import parse_config
+from polydelta.adapters_store.formats.peft_config import Config, parse_config
 from polydelta.adapters_store.formats.quantized import dequantised
 from polydelta.adapters_store.formats.registry import format_of
 from polydelta.adapters_store.reference import AdapterRef, signature
@@ -30,7 +30,7 @@ def read_adapter(ref: AdapterRef, layout: BaseLayout) -> Adapter:
     """
     before = signature(ref.path) if ref.signature is None else ref.signature
     config_bytes = read_config_bytes(ref.path)
-    config = parse_config(config_bytes)
+    config: Config = parse_config(config_bytes)
     name, parser = format_of(config)
     weights_bytes = read_weights_bytes(ref.path)
     # Otherwise an old config might be paired with new weights, or new files be served as an old

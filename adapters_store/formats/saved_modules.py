@@ -8,7 +8,7 @@ Their tensors are called as the base's are, whatever the format of the rest.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -21,13 +21,14 @@ from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.files import Shape, to_float32
 from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import Config, strings
-from polydelta.adapters_store.formats.peft_tensors import check_modules, check_shape
+from polydelta.adapters_store.formats.peft_tensors import check_shape
 from polydelta.adapters_store.reference import CONFIG_FILE, WEIGHTS_FILE
 
 T = TypeVar("T")
 
 _WEIGHT, _BIAS = "weight", "bias"
 _TOKENS = (EMBEDDING, HEAD)
+_PREFIX = "base_model."
 # What PEFT puts between a module's name and that of its weight, where it wraps the module.
 _WRAPPERS = (".token_adapter.base_layer", ".base_layer")
 # What a saved module and the base's own beneath it are called within PEFT.
@@ -62,7 +63,9 @@ def outline(shapes: Mapping[str, Shape]) -> dict[str, ModuleOutline]:
     kinds: dict[str, list[str]] = {}
     for place in _by_place(shapes):
         kinds.setdefault(place.module, []).append(_kind(place))
-    return {module: ModuleOutline(first, 0, tuple(also)) for module, (first, *also) in kinds.items()}
+    return {
+        module: ModuleOutline(first, 0, tuple(also)) for module, (first, *also) in kinds.items()
+    }
 
 
 def read(
@@ -74,7 +77,7 @@ def read(
     and when a module of `modules_to_save` is missing.
     """
     names = _by_place(tensors)
-    check_modules({place.module for place in names}, layout, _known(layout))
+    _check_known({place.module for place in names}, layout)
     saves = _Saves(strings("modules_to_save", config.get("modules_to_save")))
     saves.check_complete({place.module for place in names if place.parameter == _WEIGHT}, layout)
     values = {
@@ -88,12 +91,14 @@ def read(
     return {module: of_module for module, of_module in deltas.items() if of_module}
 
 
-def layout_beneath(layout: BaseLayout, replaced: Container[str]) -> BaseLayout:
+def layout_beneath(layout: BaseLayout, replaced: Collection[str]) -> BaseLayout:
     """The base for what comes with saved modules: it has no weights of the modules of which they
     replace them, for a change that was computed from the base's would be a wrong one.
 
     Its `weight` raises InvalidAdapterError for these.
     """
+    if not replaced:
+        return layout
     return _LayoutBeneath(
         **{field.name: getattr(layout, field.name) for field in fields(layout)}, replaced=replaced
     )
@@ -144,23 +149,34 @@ def _known(layout: BaseLayout) -> dict[str, object]:
     return {**layout.target_shapes, **layout.norm_sizes}
 
 
+def _check_known(modules: set[str], layout: BaseLayout) -> None:
+    for module in sorted(modules - _known(layout).keys()):
+        raise InvalidAdapterError(
+            f"The adapter replaces {module[:200]!r}, but the base model has no such module in its "
+            f"{layout.num_layers} decoder layers: load it over the base that it was trained on."
+        )
+
+
 def _place(name: str) -> _Place | None:
     """None for a tensor that is not named as one of the base's."""
+    if _SAVED in name or _BENEATH in name:
+        return None
     path, _, parameter = name.rpartition(".")
     for wrapper in _WRAPPERS:
         if path.endswith(wrapper):
             path = path.removesuffix(wrapper)
             break
+    module = path.removeprefix(_PREFIX)
     # Prompts come without the second prefix, which stands for a model with adapters in it.
-    module = path.removeprefix("base_model.")
     if module.startswith(("model.model.", f"model.{HEAD}")):
         module = module.removeprefix("model.")
-    inside = module == HEAD or module.startswith("model.")
+    is_inside = module != path and (module == HEAD or module.startswith("model."))
     is_base = module.endswith((*_TOKENS, "norm", "_proj"))
-    is_copy = _SAVED in name or _BENEATH in name
-    if parameter in (_WEIGHT, _BIAS) and module != path and inside and is_base and not is_copy:
-        return _Place(module, parameter)
-    return None
+    return (
+        _Place(module, parameter)
+        if parameter in (_WEIGHT, _BIAS) and is_inside and is_base
+        else None
+    )
 
 
 def _is_copy(name: str, saved: Container[str]) -> bool:
@@ -169,7 +185,8 @@ def _is_copy(name: str, saved: Container[str]) -> bool:
     before, _, after = name.partition(_SAVED)
     # The adapter's name may stand before the rest.
     twice = (f"{before}.{after}", f"{before}.{after.partition('.')[2]}")
-    return _BENEATH in name or (_SAVED in name and any(other in saved for other in twice))
+    is_twice = _SAVED in name and any(other in saved for other in twice)
+    return name.startswith(_PREFIX) and (_BENEATH in name or is_twice)
 
 
 def _by_place(names: Mapping[str, object]) -> dict[_Place, str]:

@@ -25,11 +25,7 @@ from polydelta.adapters_store.formats.peft_config import (
     KeyRules,
     token_ids,
 )
-from polydelta.adapters_store.formats.peft_tensors import (
-    check_modules,
-    check_shape,
-    group_by_module,
-)
+from polydelta.adapters_store.formats.peft_tensors import check_shape, group_by_module
 from polydelta.adapters_store.reference import CONFIG_FILE, WEIGHTS_FILE
 
 T = TypeVar("T")
@@ -49,7 +45,7 @@ _BESIDE = f"token_adapter.{_PARAMETER}"
 
 
 def take_out(entries: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
-    """Of a file's tensors, or their shapes, by name: rows beside another tuner's, and the others."""
+    """Of a file's tensors, or their shapes, by name: rows beside another tuner's, and the rest."""
     rows = {name: entry for name, entry in entries.items() if name.endswith(f".{_BESIDE}")}
     return rows, {name: entry for name, entry in entries.items() if name not in rows}
 
@@ -112,7 +108,7 @@ class _RowsFormat:
         self, config: Config, tensors: Mapping[str, Tensor], layout: BaseLayout
     ) -> dict[str, tuple[Delta, ...]]:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        check_modules(self.outline(config, shapes), layout, {EMBEDDING: None, HEAD: None})
+        self.outline(config, shapes)
         names = self._names(tensors)
         ids = self.ids(config, set(names))
         rows = {
@@ -131,7 +127,14 @@ class _RowsFormat:
         return {module: (of_module,) for module, of_module in rows.items() if len(of_module.ids)}
 
     def _names(self, entries: Mapping[str, object]) -> dict[str, str]:
+        """Module -> the name of its tensor."""
         modules = group_by_module(entries, (self.parameter,))
+        for module in sorted(modules.keys() - {EMBEDDING, HEAD}):
+            raise InvalidAdapterError(
+                f"{WEIGHTS_FILE} has rows of tokens for {module[:200]!r}, but tokens have rows in "
+                f"{EMBEDDING!r} and {HEAD!r} alone: load the adapter over the base that it was "
+                "trained on."
+            )
         return {module: tensors[self.parameter] for module, tensors in modules.items()}
 
 

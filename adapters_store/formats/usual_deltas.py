@@ -57,7 +57,7 @@ class Place:
         return _SMALL * torch.randn(shape, generator=self.generator)
 
     def choose(self, amount: Amount, total: int) -> Tensor:
-        """Some of the numbers below total, `[n]` int64, ascending: one of each of n equal ranges."""
+        """Of the numbers below total, one from each of n equal ranges: `[n]` int64, ascending."""
         count = min(amount if isinstance(amount, int) else max(1, int(amount * total)), total)
         bounds = torch.arange(count + 1) * total // count
         within = torch.rand(count, generator=self.generator, dtype=torch.float64)

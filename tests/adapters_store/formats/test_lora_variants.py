@@ -72,6 +72,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
             match_strict=False,
         ),
     },
+    "a bias on B beside one block": {
+        "lora_bias": True,
+        "use_bdlora": BdLoraConfig(target_modules_bd_b=["q_proj"], match_strict=False),
+    },
     "all biases of the base": {"bias": "all"},
     "biases of adapted layers": {"bias": "lora_only", "target_modules": ["q_proj", "up_proj"]},
     "all biases beside DoRA": {"use_dora": True, "bias": "all", "target_modules": ["k_proj"]},

@@ -67,7 +67,10 @@ TRAINED: dict[str, tuple[str, PeftConfig]] = {
         "tied_model",
         LoraConfig(**LORA, modules_to_save=["embed_tokens"]),
     ),
-    "the saved head of a tied base": ("tied_model", LoraConfig(**LORA, modules_to_save=["lm_head"])),
+    "the saved head of a tied base": (
+        "tied_model",
+        LoraConfig(**LORA, modules_to_save=["lm_head"]),
+    ),
     "saved modules that are kept tied": (
         "tied_model",
         LoraConfig(**LORA, modules_to_save=["lm_head"], ensure_weight_tying=True),
@@ -256,9 +259,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("config", "tensors", "message"), CONFLICTS.values(), ids=CONFLICTS.keys()
-)
+@pytest.mark.parametrize(("config", "tensors", "message"), CONFLICTS.values(), ids=CONFLICTS.keys())
 def test_what_does_not_add_up_is_refused_by_name(
     config: dict[str, Any],
     tensors: dict[str, Tensor],

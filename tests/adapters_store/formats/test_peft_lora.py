@@ -208,7 +208,7 @@ def test_kasa_on_the_head_is_refused(
 
 def test_a_variant_that_peft_does_not_have_for_embeddings_is_refused(adapter_files: Any) -> None:
     folder = adapter_files.write("alora", embedding_lora(), alora_invocation_tokens=[1])
-    with pytest.raises(InvalidAdapterError, match="PEFT itself cannot compute for 'model.embed_"):
+    with pytest.raises(InvalidAdapterError, match=r"PEFT itself cannot compute for 'model\.embed_"):
         adapter_files.read(folder)
 
 
@@ -291,7 +291,7 @@ WRONG_TENSORS: dict[str, tuple[Change, str]] = {
     ),
     "a linear LoRA of the embedding": (
         _lora("model.embed_tokens", 36, 40),
-        "'model.embed_tokens' has lora_A.weight, lora_B.weight but no lora_embedding_A",
+        "'model.embed_tokens' has .* but no lora_embedding_A",
     ),
     "a LoRA of another vocabulary's head": (
         _lora("lm_head", 41),

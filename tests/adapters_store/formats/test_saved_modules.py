@@ -209,7 +209,7 @@ WRONG: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "a layer too many": (
         {"model.layers.3.mlp.up_proj.weight": torch.ones(52, 36), f"{K0}.bias": torch.ones(12)},
         {},
-        "changes 'model.layers.3.mlp.up_proj', but the base model has no such module",
+        "replaces 'model.layers.3.mlp.up_proj', but the base model has no such module in its 3",
     ),
     "one module twice": (
         {f"{K0}.weight": torch.ones(12, 36), f"{K0}.base_layer.weight": torch.ones(12, 36)},

@@ -48,9 +48,7 @@ def test_a_tied_head_follows_the_embedding_and_no_other_does(layout: BaseLayout)
 
 def test_the_embedding_does_not_follow_a_tied_head(layout: BaseLayout) -> None:
     tied = replace(layout, tied=True)
-    deltas = trainable_tokens.read(
-        {"token_indices": [5]}, {alone(HEAD): torch.ones(1, 36)}, tied
-    )
+    deltas = trainable_tokens.read({"token_indices": [5]}, {alone(HEAD): torch.ones(1, 36)}, tied)
     assert deltas.keys() == {HEAD}
 
 
@@ -134,7 +132,7 @@ WRONG: dict[str, tuple[object, dict[str, Tensor], str]] = {
     "rows of a linear layer": (
         [3],
         {beside("model.layers.0.mlp.up_proj"): torch.ones(1, 36)},
-        "None of the adapter's 1 modules is in the base model",
+        "has rows of tokens for 'model.layers.0.mlp.up_proj', but tokens have rows in",
     ),
     "NaN": ([3], {beside(EMBEDDING): torch.full((1, 36), torch.nan)}, "has NaN or infinite"),
 }
