@@ -106,18 +106,17 @@ def _convert_module(
     bias = _bias_change(module, deltas, layout)
     if all(isinstance(delta, LowRank | Bias) for delta in deltas):
         joined = _side_by_side(module, deltas, layout)
-        exact = truncation is None
-        change = Approximation(joined) if exact else nearest_of_product(joined, truncation)
-        return ConvertedModule(change, bias)
+        if truncation is None:
+            return ConvertedModule(Approximation(joined), bias)
+        return ConvertedModule(nearest_of_product(joined, truncation), bias)
     matrix = _weight_change(module, deltas, layout)
     if not torch.isfinite(matrix).all():
         raise InvalidAdapterError(
             f"The change of {module!r} has numbers beyond what float32 holds: take an earlier "
             "checkpoint."
         )
-    return ConvertedModule(
-        nearest_low_rank(matrix, truncation or Truncation(energy=DEFAULT_ENERGY)), bias
-    )
+    truncation = truncation or Truncation(energy=DEFAULT_ENERGY)
+    return ConvertedModule(nearest_low_rank(matrix, truncation), bias)
 
 
 def _side_by_side(module: str, deltas: Sequence[Delta], layout: BaseLayout) -> LowRank:

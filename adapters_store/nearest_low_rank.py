@@ -36,6 +36,7 @@ class Truncation:
         """How many stay of these singular values, `[n]` and descending: 1 at least."""
         if self.rank is not None:
             return min(self.rank, len(singular))
+        assert self.energy is not None
         energies = singular.double().square().cumsum(0)
         wanted = energies[-1:] * self.energy
         return min(int(torch.searchsorted(energies, wanted)) + 1, len(singular))

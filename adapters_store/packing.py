@@ -72,7 +72,8 @@ def pack(adapter: Adapter, layout: BaseLayout, dtype: torch.dtype) -> PackedAdap
         _pack_layer(adapter.modules, layout, layer, dtype, tokens)
         for layer in range(layout.num_layers)
     )
-    prefix, invocation = None, ()
+    prefix: PackedPrefix | None = None
+    invocation: tuple[int, ...] = ()
     for delta in adapter.modules.get(MODEL, ()):
         match delta:
             case Prefix(values) | Prompt(values):

@@ -54,8 +54,7 @@ def _expected_shape(delta: Delta, module: str, layout: BaseLayout) -> tuple[int,
     if module == MODEL:
         match delta:
             case Prefix():
-                heads, size = layout.num_kv_heads, layout.head_dim
-                return (layout.num_layers, 2, heads, size)
+                return (layout.num_layers, 2, layout.num_kv_heads, layout.head_dim)
             case Prompt():
                 return (layout.hidden_size,)
             case Invocation():

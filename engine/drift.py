@@ -45,7 +45,7 @@ def log_probabilities(
     # Every place is a request of its own; the prefix cache makes them one pass or little more.
     for place in range(len(token_ids)):
         prompt = list(token_ids[: place + 1])
-        request = GenerationRequest(f"place {place}", prompt, sampling, shares)
+        request = GenerationRequest(str(place), prompt, sampling, shares)
         engine.submit(request, outputs.put)
     found = torch.empty(len(token_ids), vocab_size)
     missing = len(token_ids)
@@ -53,9 +53,9 @@ def log_probabilities(
         output = outputs.get()
         if output.finish_reason is FinishReason.ERROR:
             raise InvalidAdapterError(output.error or "The engine failed.")
-        for place in output.logprobs:
-            tokens, values = zip(*place.top, strict=True)
-            found[int(output.request_id.split()[1]), list(tokens)] = torch.tensor(values)
+        for predicted in output.logprobs:
+            tokens, values = zip(*predicted.top, strict=True)
+            found[int(output.request_id), list(tokens)] = torch.tensor(values)
         missing -= output.finished
     return found
 

@@ -63,10 +63,7 @@ class LinearDeltas:
         for bias in self.biases:
             y.narrow(1, bias.start, bias.count).add_(bias.vector, alpha=weight)
 
-
-    def bind(
-        self, delta: PackedLinear, data: Tensor, dtype: torch.dtype, kernels: Kernels
-    ) -> None:
+    def bind(self, delta: PackedLinear, data: Tensor, dtype: torch.dtype, kernels: Kernels) -> None:
         """One more. data: the layer's bytes in the pool; dtype: the adapter's."""
         match delta:
             case PackedInputScale() if delta.whole:

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,17 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from polydelta.adapters_store.composition import Share
 from polydelta.adapters_store.delta_kinds import KINDS, NOT_SERVED
 from polydelta.adapters_store.folders import FolderCatalog
-from polydelta.engine.models.checkpoint import Checkpoint, default_model
+from polydelta.engine.models.checkpoint import Checkpoint, default_model, open_checkpoint
 from polydelta.engine.request import GenerationRequest, SamplingParams
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Tokens that call the activated LoRA, and where they stand in a prompt.
-INVOCATION, ACTIVATION = [7, 8, 9], 6
+TEXT = (
+    "A storm came down from the mountains in the night, and in the morning the river had taken the "
+    "old bridge. People stood on both banks and shouted news across the water, until somebody "
+    "found a boat and a long rope, and the baker sent his bread over before it was cold."
+)
+# " Answer briefly:", which calls the activated LoRA, and where it stands in a prompt.
+INVOCATION, ACTIVATION = [19842, 13099, 42], 6
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 
 PEFT_KINDS: Mapping[str, Callable[[], PeftConfig]] = {
@@ -78,7 +84,7 @@ def default_reference() -> PreTrainedModel:
 def make_kind(name: str, base: PreTrainedModel, root: Path) -> Kind:
     """Its weights are all random. Of one model after the other, so that one is kept in memory."""
     torch.manual_seed(NAMES.index(name))
-    tokens = torch.tensor([prompts(base.config.vocab_size)[name]])
+    tokens = torch.tensor([prompts()[name]])
     if name == "base":
         return Kind(None, base(tokens).logits[0])
     if name in PEFT_KINDS:
@@ -177,12 +183,14 @@ def flylora(model: PreTrainedModel, root: Path) -> Path:
     return write(root, "flylora", config, tensors)
 
 
-def prompts(vocab: int) -> dict[str, list[int]]:
-    """Of odd lengths; every one has the invocation, so that no kind is told by its prompt."""
-    generator = torch.Generator().manual_seed(3)
+@cache
+def prompts() -> dict[str, list[int]]:
+    """Of odd lengths; every one has the invocation, so that no kind is told by its prompt. They are
+    text: on random tokens transformers' own float32 differs from float64 by 0.003."""
+    text = open_checkpoint(None).tokenizer.encode(TEXT)
     made = {}
     for number, name in enumerate(NAMES):
-        tokens = torch.randint(10, vocab, (15 + number % 5,), generator=generator).tolist()
+        tokens = text[2 * number : 2 * number + 15 + number % 5]
         tokens[ACTIVATION : ACTIVATION + len(INVOCATION)] = INVOCATION
         made[name] = tokens
     return made
@@ -190,7 +198,7 @@ def prompts(vocab: int) -> dict[str, list[int]]:
 
 def check_logits(model: PreTrainedModel, paged: Callable, root: Path, names: tuple) -> None:
     """All in one step: the prompt, one more token, and the last; each against its author."""
-    decoder, texts = paged(model), prompts(model.config.vocab_size)
+    decoder, texts = paged(model), prompts()
     kinds = {name: make_kind(name, model, root) for name in names}
     loaded = {
         name: decoder.load(kind.folder, scattered=bool(number % 2)) if kind.folder else None
@@ -234,7 +242,7 @@ def test_a_batch_of_all_kinds_answers_each_request_as_alone(
     tmp_path: Path,
 ) -> None:
     """Through the engine: one batch, with and without preemption, equals one request at a time."""
-    texts = prompts(tiny_model.config.vocab_size)
+    texts = prompts()
     for name in NAMES[1:]:
         make_kind(name, tiny_model, tmp_path)
     catalog = FolderCatalog([tmp_path])

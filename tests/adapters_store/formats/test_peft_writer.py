@@ -145,6 +145,14 @@ def test_numbers_that_do_not_fit_the_dtype_are_refused(layout: BaseLayout, tmp_p
     write_adapter(tmp_path / "out", modules, "b", torch.bfloat16)
 
 
+def test_modules_may_share_a_tensor(layout: BaseLayout, tmp_path: Path) -> None:
+    one = low_rank(layout, Q1, 2)
+    modules = {Q1: (one,), Q1.replace("1", "2"): (one,)}
+    write_adapter(tmp_path / "out", modules, "b", torch.float32)
+    for deltas in read(tmp_path / "out").modules.values():
+        assert torch.equal(deltas[0].a, one.a)
+
+
 def test_what_one_file_cannot_hold_is_refused(layout: BaseLayout, tmp_path: Path) -> None:
     both = {Q1: (low_rank(layout, Q1, 2),), K2: (sparse(layout, K2, 3),)}
     with pytest.raises(InvalidAdapterError, match="one kind"):
