@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,22 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from polydelta.adapters_store.base_layout import BaseLayout, FusedLinear, LinearPart, NormPart
-from polydelta.adapters_store.delta import Adapter
+from polydelta.adapters_store.delta import (
+    Adapter,
+    Bias,
+    Circulant,
+    Columns,
+    Delta,
+    Kronecker,
+    LowRank,
+    OneBit,
+    Rotate,
+    Rows,
+    Scale,
+    Side,
+    Sparse,
+    TopK,
+)
 from polydelta.adapters_store.formats import read_adapter
 from polydelta.adapters_store.reference import AdapterRef
 
@@ -121,6 +137,89 @@ def biased_model() -> LlamaForCausalLM:
 def layout_of() -> Callable[[LlamaForCausalLM], BaseLayout]:
     """The layout of a model with its weights."""
     return make_layout
+
+
+def number(below: int) -> int:
+    """By chance, from 1 on."""
+    return int(torch.randint(1, max(2, below), ()))
+
+
+def divisor(of: int) -> int:
+    found = [d for d in range(1, of + 1) if of % d == 0]
+    return found[int(torch.randint(len(found), ()))]
+
+
+def some(of: int) -> Tensor:
+    """A few numbers below that, ascending."""
+    return torch.randperm(of)[: number(9)].sort().values.int()
+
+
+def low_rank(shape: tuple[int, int]) -> LowRank:
+    rank = number(20)
+    return LowRank(torch.randn(rank, shape[1]), torch.randn(shape[0], rank))
+
+
+def sparse(shape: tuple[int, int]) -> Sparse:
+    wanted = torch.rand(shape) < 0.1
+    pointers = torch.nn.functional.pad(wanted.sum(1).cumsum(0), (1, 0)).int()
+    columns = wanted.nonzero()[:, 1].int()
+    return Sparse(shape, pointers, columns, torch.randn(len(columns)))
+
+
+def columns(shape: tuple[int, int]) -> Columns:
+    indices = some(shape[1])
+    return Columns(shape[1], indices, torch.randn(shape[0], len(indices)))
+
+
+def rows(shape: tuple[int, int]) -> Rows:
+    indices = some(shape[0])
+    return Rows(shape[0], indices, torch.randn(len(indices), shape[1]))
+
+
+def one_bit(shape: tuple[int, int]) -> OneBit:
+    bits = torch.randint(256, (shape[0], -(-shape[1] // 8)), dtype=torch.uint8)
+    # Exact in float32.
+    return OneBit(shape[1], bits, number(100) / 64)
+
+
+def kronecker(shape: tuple[int, int]) -> Kronecker:
+    a, b = divisor(shape[0]), divisor(shape[1])
+    return Kronecker(torch.randn(a, b), torch.randn(shape[0] // a, shape[1] // b))
+
+
+def circulant(shape: tuple[int, int]) -> Circulant:
+    size = divisor(math.gcd(*shape))
+    return Circulant(torch.randn(shape[0] // size, shape[1] // size, size))
+
+
+def top_k(shape: tuple[int, int]) -> TopK:
+    rank = number(20)
+    a, b = torch.randn(rank, shape[1]), torch.randn(shape[0], rank)
+    return TopK(a, b, torch.randn(rank), number(rank + 1))
+
+
+def rotate(shape: tuple[int, int]) -> Rotate:
+    size = shape[0]
+    return Rotate(torch.randn(size), torch.randn(size), torch.randperm(size).int())
+
+
+@pytest.fixture(scope="session")
+def delta_makers() -> Mapping[str, Callable[[tuple[int, int]], Delta]]:
+    """Random deltas of a linear layer of the shape `(out, in)`, whatever that is."""
+    return {
+        "low rank": low_rank,
+        "sparse": sparse,
+        "columns": columns,
+        "rows": rows,
+        "one bit": one_bit,
+        "kronecker": kronecker,
+        "circulant": circulant,
+        "top k": top_k,
+        "output scale": lambda shape: Scale(torch.randn(shape[0]), Side.OUTPUT),
+        "input scale": lambda shape: Scale(torch.randn(shape[1]), Side.INPUT),
+        "rotate": rotate,
+        "bias": lambda shape: Bias(torch.randn(shape[0])),
+    }
 
 
 def lora_tensors(

@@ -14,6 +14,7 @@ import torch
 from polydelta.adapters_store import packed_file
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.delta import Adapter
+from polydelta.adapters_store.packed import ALIGNMENT, PackedAdapter, PackedLayer
 from polydelta.adapters_store.packed_file import (
     MAGIC,
     UnreadableFileError,
@@ -22,7 +23,6 @@ from polydelta.adapters_store.packed_file import (
     read_packed,
     write_packed,
 )
-from polydelta.adapters_store.packed import ALIGNMENT, PackedAdapter, PackedLayer
 from polydelta.adapters_store.packing import pack
 
 Make = Callable[..., PackedAdapter]

@@ -145,7 +145,7 @@ def test_numbers_that_do_not_fit_the_dtype_are_refused(layout: BaseLayout, tmp_p
     write_adapter(tmp_path / "out", modules, "b", torch.bfloat16)
 
 
-def test_modules_may_share_a_tensor(layout: BaseLayout, tmp_path: Path) -> None:
+def test_modules_may_share_a_tensor(layout: BaseLayout, read: Read, tmp_path: Path) -> None:
     one = low_rank(layout, Q1, 2)
     modules = {Q1: (one,), Q1.replace("1", "2"): (one,)}
     write_adapter(tmp_path / "out", modules, "b", torch.float32)

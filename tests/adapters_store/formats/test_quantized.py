@@ -129,12 +129,13 @@ def test_lists_of_a_changes_entries_are_quantised_though_they_are_vectors() -> N
     assert plain["m.shira_weight"].shape == (2000,)
 
 
-def test_an_adapter_can_be_quantised_a_second_time(adapter_files) -> None:
-    tensors = {"w": torch.randn(30, 40)}
-    config, stored = quantize(CONFIG, tensors, 8, 64)
+def test_an_adapter_can_be_quantised_a_second_time() -> None:
+    tensor = torch.randn(30, 40)
+    config, stored = quantize(CONFIG, {"w": tensor}, 8, 64)
     again, smaller = quantize(*dequantised(config, stored), 4, 32)
     assert again[QUANTIZATION]["bits"] == 4
-    torch.testing.assert_close(dequantised(again, smaller)[1]["w"], tensors["w"], atol=0.4, rtol=0)
+    assert len(smaller["w"]) == 600
+    assert (dequantised(again, smaller)[1]["w"] - tensor).norm() < 0.2 * tensor.norm()
 
 
 def test_an_adapter_without_anything_to_quantise_is_refused() -> None:

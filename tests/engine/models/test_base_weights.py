@@ -168,4 +168,5 @@ def test_weights_of_a_gguf_file_are_those_that_the_decoder_multiplies_with(
         want = x.float() @ layout.weight(f"model.layers.1.self_attn.{name}").T
         torch.testing.assert_close(part.float(), want, atol=1e-2, rtol=1e-2)
     assert torch.equal(layout.weight(FINAL_NORM), decoder.norm.weight.float())
-    assert torch.equal(layout.weight(HEAD), decoder.embedding.float())
+    everything = decoder.embed(torch.arange(config.vocab_size))
+    assert torch.equal(layout.weight(HEAD), everything.float())
