@@ -20,8 +20,8 @@ from polydelta.kernels.cpu.fusing import block_products
 from polydelta.kernels.cpu.linear import PackedLinear
 from polydelta.kernels.cpu.native import NativeLibrary
 from polydelta.kernels.cpu.packed_layout import PackedLayout, layout_of, memory_of, pack
-from polydelta.kernels.fusing import entry_rows
 from polydelta.kernels.delta_weights import LowRankBlock, LowRankWeights, SparseWeights
+from polydelta.kernels.fusing import entry_rows
 from polydelta.kernels.ops import FusedDelta
 
 RANK, SHARE = 32, 0.01

@@ -82,7 +82,8 @@ def _circulant(kernel: Tensor, x: Tensor) -> Tensor:
     inputs = torch.fft.rfft(x.float().unflatten(1, (-1, size)))
     weights = torch.fft.rfft(kernel.float()).conj()
     outputs = torch.einsum("inf,tnf->tif", weights, inputs)
-    return torch.fft.irfft(outputs, size).flatten(1)
+    added: Tensor = torch.fft.irfft(outputs, size).flatten(1)
+    return added
 
 
 def _kept(shrunk: Tensor, bias: Tensor, keep: int) -> Tensor:

@@ -108,16 +108,13 @@ def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], wh
 
 def check_finite(module: str, deltas: Iterable[Delta]) -> None:
     """Raises InvalidAdapterError when scales and products went beyond float32."""
-    for delta in deltas:
-        for field in fields(delta):
-            value = getattr(delta, field.name)
-            if isinstance(value, Tensor) and value.is_floating_point():
-                if not torch.isfinite(value).all():
-                    raise InvalidAdapterError(
-                        f"The change of {module!r} has numbers beyond what float32 holds once its "
-                        "scale is folded in: check the scales in the config, or take an earlier "
-                        "checkpoint."
-                    )
+    values = (getattr(delta, field.name) for delta in deltas for field in fields(delta))
+    floats = (v for v in values if isinstance(v, Tensor) and v.is_floating_point())
+    if not all(torch.isfinite(value).all() for value in floats):
+        raise InvalidAdapterError(
+            f"The change of {module!r} has numbers beyond what float32 holds once its scale is "
+            "folded in: check the scales in the config, or take an earlier checkpoint."
+        )
 
 
 def _is_shared(name: str, parameters: Parameters) -> bool:

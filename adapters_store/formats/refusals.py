@@ -1,5 +1,5 @@
-"""Types of PEFT adapters that are refused whatever their config: no delta describes what they do, or
-their files do not hold all of it."""
+"""Types of PEFT adapters that are refused whatever their config: no delta describes what they do,
+or their files do not hold all of it."""
 
 from __future__ import annotations
 

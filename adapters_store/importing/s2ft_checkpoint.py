@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from polydelta.adapters_store.base_layout import BaseLayout
-from polydelta.adapters_store.formats import s2ft
+from polydelta.adapters_store.formats.foreign import (
+    s2ft,
+)
 from polydelta.adapters_store.importing.channel_matching import (
     match_channels,
     match_heads,

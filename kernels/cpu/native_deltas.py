@@ -124,8 +124,8 @@ def bind(library: NativeLibrary, weights: AddWeights | ChangeWeights) -> NativeD
                 library, "add_kronecker", kronecker, Scratch(per_column=1, once=(b + 1) * c)
             )
         case CirculantWeights(out_start, kernel):
-            rows, columns, size = kernel.shape
-            circulant = (out_start, rows, columns, size, kernel, kernel.stride(1))
+            down, across, size = kernel.shape
+            circulant = (out_start, down, across, size, kernel, kernel.stride(1))
             return NativeDelta(
                 library, "add_circulant", circulant, Scratch(per_column=2, once=size)
             )

@@ -17,7 +17,10 @@ from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.delta import NormWeight, OneBit, TokenRows
 from polydelta.adapters_store.distilling import distill
 from polydelta.adapters_store.errors import InvalidAdapterError
-from polydelta.adapters_store.formats import bitdelta, read_adapter
+from polydelta.adapters_store.formats import read_adapter
+from polydelta.adapters_store.formats.foreign import (
+    bitdelta,
+)
 from polydelta.adapters_store.importing.new_adapter import NewAdapter
 from polydelta.adapters_store.merged_weight import merge_into
 from polydelta.adapters_store.reference import WEIGHTS_FILE, AdapterRef

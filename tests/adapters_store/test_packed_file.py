@@ -5,16 +5,25 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 
 from polydelta.adapters_store import packed_file
-from polydelta.adapters_store.base_layout import BaseLayout
-from polydelta.adapters_store.delta import Adapter
-from polydelta.adapters_store.packed import ALIGNMENT, PackedAdapter, PackedLayer
+from polydelta.adapters_store.base_layout import MODEL, BaseLayout
+from polydelta.adapters_store.delta import Adapter, Invocation, Prefix, Prompt
+from polydelta.adapters_store.packed import (
+    ALIGNMENT,
+    LowRankBlock,
+    PackedAdapter,
+    PackedDelta,
+    PackedLayer,
+    PackedMatrix,
+    PackedVector,
+)
 from polydelta.adapters_store.packed_file import (
     MAGIC,
     UnreadableFileError,
@@ -34,8 +43,8 @@ def make(
     layout: BaseLayout,
     make_lora_tensors: Callable[..., Any],
 ) -> Make:
-    """A packed adapter: a LoRA on two layers of three, SHiRA entries, both in one linear, or
-    nothing."""
+    """A packed adapter: a LoRA on two layers of three, SHiRA entries, both in one linear, these
+    beside virtual tokens or switched on by tokens, virtual tokens alone, or nothing."""
 
     def make(kind: str = "mixed", dtype: torch.dtype = torch.float32) -> PackedAdapter:
         torch.manual_seed(3)
@@ -47,7 +56,16 @@ def make(
         merged = dict(lora.modules)
         for module, deltas in shira.modules.items():
             merged[module] = (*merged.get(module, ()), *deltas)
-        made = {"lora": lora.modules, "shira": shira.modules, "mixed": merged, "nothing": {}}
+        prefix = Prefix(torch.randn(layout.num_layers, 2, 5, layout.num_kv_heads, layout.head_dim))
+        made = {
+            "lora": lora.modules,
+            "shira": shira.modules,
+            "mixed": merged,
+            "prefix": {**shira.modules, MODEL: (prefix,)},
+            "prompt": {MODEL: (Prompt(torch.randn(7, layout.hidden_size)),)},
+            "invocation": {**lora.modules, MODEL: (Invocation((3, 39, 3)),)},
+            "nothing": {},
+        }
         return pack(Adapter("id", 1, "d" * 64, "LORA", made[kind]), layout, dtype)
 
     return make
@@ -56,14 +74,16 @@ def make(
 def described(value: Any) -> Any:
     """All that is known of packed data, as what can be compared: they are equal only as objects."""
     if isinstance(value, torch.Tensor):
-        return value.dtype, bytes(value.numpy())
+        return value.dtype, value.shape, bytes(value.flatten().view(torch.uint8).numpy())
     if is_dataclass(value):
         return type(value), [described(getattr(value, field.name)) for field in fields(value)]
     return [described(item) for item in value] if isinstance(value, tuple) else value
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["lora", "shira", "mixed", "nothing"])
+@pytest.mark.parametrize(
+    "kind", ["lora", "shira", "mixed", "prefix", "prompt", "invocation", "nothing"]
+)
 def test_what_is_read_is_what_was_packed_bit_for_bit(
     make: Make, tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:
@@ -72,19 +92,64 @@ def test_what_is_read_is_what_was_packed_bit_for_bit(
     read = read_packed(tmp_path / "new" / "folder" / "file")
     assert described(read) == described(packed)
     assert (read.nbytes, read.bytes_per_layer) == (packed.nbytes, packed.bytes_per_layer)
+    assert (read.traits, read.fusable) == (packed.traits, packed.fusable)
 
 
-def test_data_in_the_file_is_aligned_as_in_the_pool(make: Make, tmp_path: Path) -> None:
-    packed = make()
+def made_up(kind: Any, numbers: Any) -> Any:
+    """An object of a kind of packed data, every number in it another one."""
+    match kind:
+        case _ if is_dataclass(kind):
+            return kind(*(made_up(hint, numbers) for hint in get_type_hints(kind).values()))
+        case _ if kind is int:
+            return next(numbers)
+        case _ if kind is bool:
+            return next(numbers) % 2 == 0
+        case _ if kind is torch.dtype:
+            return (torch.float32, torch.int64, torch.bfloat16)[next(numbers) % 3]
+        case _:
+            inner = [one for one in get_args(kind) if one is not ...]
+            return tuple(made_up(one, numbers) for one in (*inner, *inner[: len(inner) == 1]))
+
+
+def test_every_kind_of_packed_delta_survives_whatever_it_says(tmp_path: Path) -> None:
+    numbers = count(1)
+    layers = tuple(
+        PackedLayer(
+            torch.randint(256, (size * ALIGNMENT,), dtype=torch.uint8),
+            tuple(made_up(kind, numbers) for kind in get_args(PackedDelta)),
+        )
+        for size in (3, 0, 5)
+    )
+    packed = PackedAdapter("d" * 64, torch.bfloat16, layers)
+    write_packed(packed, tmp_path / "file")
+    read = read_packed(tmp_path / "file")
+    assert described(read) == described(packed)
+    inner = {type(part) for layer in read.layers for delta in layer.deltas for part in parts(delta)}
+    assert inner >= {*get_args(PackedDelta), LowRankBlock, PackedMatrix, PackedVector}
+
+
+def parts(value: Any) -> list[Any]:
+    """All objects within one."""
+    if is_dataclass(value):
+        return [value, *(p for field in fields(value) for p in parts(getattr(value, field.name)))]
+    return [part for one in value for part in parts(one)] if isinstance(value, tuple) else []
+
+
+@pytest.mark.parametrize("kind", ["mixed", "prefix", "prompt"])
+def test_data_in_the_file_is_aligned_as_in_the_pool(make: Make, tmp_path: Path, kind: str) -> None:
+    packed = make(kind)
     write_packed(packed, tmp_path / "file")
     content = (tmp_path / "file").read_bytes()
     assert content.startswith(MAGIC)
     assert (len(content) - packed.nbytes) % ALIGNMENT == 0
-    assert content.endswith(b"".join(bytes(layer.data.numpy()) for layer in packed.layers))
+    data = [layer.data for layer in packed.layers]
+    if packed.prefix is not None:
+        data.append(packed.prefix.values)
+    assert content.endswith(b"".join(bytes(piece.numpy()) for piece in data))
 
 
 def test_what_was_read_outlives_its_file(make: Make, tmp_path: Path) -> None:
-    packed = make()
+    packed = make("prefix")
     write_packed(packed, tmp_path / "file")
     read = read_packed(tmp_path / "file")
     (tmp_path / "file").unlink()
@@ -98,16 +163,28 @@ def test_writing_to_what_was_read_does_not_change_the_file(make: Make, tmp_path:
     assert described(read_packed(tmp_path / "file")) == described(packed)
 
 
-def test_in_memory_it_is_equal_and_in_one_piece(make: Make, tmp_path: Path) -> None:
-    packed = make()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["mixed", "prefix", "prompt", "invocation"])
+def test_in_memory_it_is_equal_and_in_one_piece(
+    make: Make, tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    packed = make(kind, dtype)
     write_packed(packed, tmp_path / "file")
-    for whole in (in_memory(packed), in_memory(read_packed(tmp_path / "file"))):
+    read = read_packed(tmp_path / "file")
+    for whole in (in_memory(packed), in_memory(read)):
         assert described(whole) == described(packed)
-        assert len({layer.data.untyped_storage().data_ptr() for layer in whole.layers}) == 1
+        pieces = [layer.data for layer in whole.layers]
+        if whole.prefix is not None:
+            pieces.append(whole.prefix.values)
+        assert len({piece.untyped_storage().data_ptr() for piece in pieces}) == 1
+        # Nothing beside it, and everything within: a copy of it would be one copy.
+        assert pieces[0].untyped_storage().nbytes() == whole.nbytes
+    assert in_memory(read) is read
 
 
-def test_a_file_that_is_cut_anywhere_is_unreadable(make: Make, tmp_path: Path) -> None:
-    write_packed(make("shira"), tmp_path / "file")
+@pytest.mark.parametrize("kind", ["shira", "prefix", "prompt"])
+def test_a_file_that_is_cut_anywhere_is_unreadable(make: Make, tmp_path: Path, kind: str) -> None:
+    write_packed(make(kind), tmp_path / "file")
     content = (tmp_path / "file").read_bytes()
     rest = list(range(300, len(content) - 70, 13))
     for end in (*range(300), *rest, *range(len(content) - 70, len(content))):
@@ -116,19 +193,21 @@ def test_a_file_that_is_cut_anywhere_is_unreadable(make: Make, tmp_path: Path) -
             read_packed(tmp_path / "cut")
 
 
-def test_a_file_that_goes_on_is_unreadable(make: Make, tmp_path: Path) -> None:
-    write_packed(make(), tmp_path / "file")
+@pytest.mark.parametrize("kind", ["mixed", "prefix"])
+def test_a_file_that_goes_on_is_unreadable(make: Make, tmp_path: Path, kind: str) -> None:
+    write_packed(make(kind), tmp_path / "file")
     with open(tmp_path / "file", "ab") as file:
         file.write(b"\0")
     with pytest.raises(UnreadableFileError, match="bytes of data instead of"):
         read_packed(tmp_path / "file")
 
 
+@pytest.mark.parametrize("kind", ["shira", "prefix", "invocation"])
 def test_a_damaged_byte_before_the_data_makes_the_file_unreadable(
-    make: Make, tmp_path: Path
+    make: Make, tmp_path: Path, kind: str
 ) -> None:
     """One in the data itself is not noticed: a digest of it would take longer than the reading."""
-    packed = make("shira")
+    packed = make(kind)
     write_packed(packed, tmp_path / "file")
     content = (tmp_path / "file").read_bytes()
     header = content[: len(content) - packed.nbytes].rstrip(b"\0")
@@ -150,7 +229,7 @@ def test_a_damaged_byte_before_the_data_makes_the_file_unreadable(
         MAGIC,
         MAGIC + b"\xff" * 40,
         MAGIC + b"\0" * 4096,
-        MAGIC.replace(b"2", b"1") + b"\0" * 4096,
+        MAGIC.replace(b"3", b"2") + b"\0" * 4096,
     ],
 )
 def test_a_foreign_file_is_unreadable(tmp_path: Path, content: bytes) -> None:

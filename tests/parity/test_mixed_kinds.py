@@ -57,6 +57,9 @@ PEFT_KINDS: Mapping[str, Callable[[], PeftConfig]] = {
         r=6, alora_invocation_tokens=INVOCATION, target_modules=LINEARS, **TASK
     ),
 }
+# Of what training does to weights, where it is not 0.05: MiSS adds each number to many inputs, and
+# what changes logits by tens changes float32's rounding of them by hundredths.
+STD = {"lora": 0.02, "miss": 0.01}
 NAMES = ("base", *PEFT_KINDS, "s2ft", "bitdelta", "flylora")
 
 
@@ -100,8 +103,7 @@ def of_peft(name: str, base: PreTrainedModel, root: Path, tokens: Tensor) -> Kin
     model = get_peft_model(copy.deepcopy(base), config).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
-            # Whole embeddings need less: their rows are small.
-            parameter.add_(torch.randn_like(parameter) * (0.02 if name == "lora" else 0.05))
+            parameter.add_(torch.randn_like(parameter) * STD.get(name, 0.05))
     model.save_pretrained(root / name)
     restored: Any = PeftModel.from_pretrained(copy.deepcopy(base), root / name).eval()
     out = restored(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0]

@@ -8,8 +8,12 @@ import peft
 import pytest
 
 from polydelta.adapters_store.errors import InvalidAdapterError
-from polydelta.adapters_store.formats import lora_config, peft_shira, trainable_tokens
+from polydelta.adapters_store.formats import trainable_tokens
 from polydelta.adapters_store.formats.files import MAX_CONFIG_BYTES
+from polydelta.adapters_store.formats.peft import (
+    lora_config,
+    shira,
+)
 from polydelta.adapters_store.formats.peft_config import (
     KeyRules,
     flag,
@@ -28,7 +32,7 @@ RULES = KeyRules(frozenset({"r"}), frozenset({"dropout"}), {"use_dora": "DoRA is
     ("config_class", "rules"),
     [
         (peft.LoraConfig, lora_config.KEY_RULES),
-        (peft.ShiraConfig, peft_shira.KEY_RULES),
+        (peft.ShiraConfig, shira.KEY_RULES),
         (peft.TrainableTokensConfig, trainable_tokens.KEY_RULES),
     ],
     ids=["LoRA", "SHiRA", "trainable tokens"],
@@ -41,7 +45,7 @@ def test_every_field_of_the_installed_peft_is_honoured_harmless_or_refused(
 
 
 @pytest.mark.parametrize(
-    "rules", [lora_config.KEY_RULES, peft_shira.KEY_RULES, trainable_tokens.KEY_RULES]
+    "rules", [lora_config.KEY_RULES, shira.KEY_RULES, trainable_tokens.KEY_RULES]
 )
 def test_no_key_is_in_two_classes(rules: KeyRules) -> None:
     classes = [rules.honoured, rules.harmless, rules.refused.keys()]
