@@ -15,7 +15,7 @@ from polydelta.adapters_store.linear_deltas import Matrix
 def merge_into(
     weight: Tensor, bias: Tensor | None, deltas: Iterable[Delta]
 ) -> tuple[Tensor, Tensor | None]:
-    """weight `[out, in]` and bias `[out]` with the deltas in them, in the weight's dtype.
+    """weight `[out, in]`, in float32 or float64, and bias `[out]` with the deltas in them.
 
     Raises InvalidAdapterError for a kind that no weight amounts to.
     """

@@ -211,7 +211,7 @@ FORMAT_ROWS = (
         (ROTATE,), _EXACT, "q/v", (on(_QV, rotate(64)),),
     ),
     FormatRow(
-        ("BEFT",),
+        ("BEFT", "BITFIT"),
         (BIAS,), _EXACT, "v", (on(("v_proj",), bias),),
     ),
     FormatRow(

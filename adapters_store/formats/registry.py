@@ -14,6 +14,7 @@ from polydelta.adapters_store.formats import trainable_tokens
 from polydelta.adapters_store.formats.files import Shape
 from polydelta.adapters_store.formats.foreign import (
     bitdelta,
+    bitfit,
     dylora,
     flylora,
     lora_xs,
@@ -81,11 +82,10 @@ class Format(Protocol):
 
 # By `peft_type` in the config.
 FORMATS: Mapping[str, Format] = {
-    "LORA": lora,
-    "SHIRA": shira,
     "ADALORA": adalora.FORMAT,
     "BEFT": beft.FORMAT,
     "BITDELTA": bitdelta.FORMAT,
+    "BITFIT": bitfit,
     "BOFT": boft.FORMAT,
     "BONE": miss.BONE_FORMAT,
     "C3A": c3a.FORMAT,
@@ -105,6 +105,7 @@ FORMATS: Mapping[str, Format] = {
     "LN_TUNING": ln_tuning.FORMAT,
     "LOHA": loha.FORMAT,
     "LOKR": lokr.FORMAT,
+    "LORA": lora,
     "LORA_SB": lora_xs.LORA_SB,
     "LORA_XS": lora_xs.LORA_XS,
     "MISS": miss.FORMAT,
@@ -123,6 +124,7 @@ FORMATS: Mapping[str, Format] = {
     "ROAD": road.FORMAT,
     "S2FT": s2ft.FORMAT,
     "SFT": sft.FORMAT,
+    "SHIRA": shira,
     "SORA": sora,
     "SUPERTUNING": supertuning.FORMAT,
     "TINYLORA": tinylora.FORMAT,
