@@ -15,7 +15,7 @@ from polydelta.adapters_store.linear_deltas import Matrix
 def merge_into(
     weight: Tensor, bias: Tensor | None, deltas: Iterable[Delta]
 ) -> tuple[Tensor, Tensor | None]:
-    """weight `[out, in]`, in float32 or float64, and bias `[out]` with the deltas in them.
+    """weight `[out, in]` and bias `[out]`, both float32 or both float64, with the deltas in them.
 
     Raises InvalidAdapterError for a kind that no weight amounts to.
     """
@@ -44,7 +44,7 @@ def merge_into(
     for matrix in matrices:
         weight = weight + matrix.to(weight.dtype)
     for vector in biases:
-        bias = vector if bias is None else bias + vector
+        bias = vector.to(weight.dtype) if bias is None else bias + vector
     return weight, bias
 
 

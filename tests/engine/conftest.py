@@ -311,6 +311,7 @@ class World:
                 page, place = divmod(slots[row], self.block_size)
                 self.memory[page][place] = contents[item.sequence][positions[row]]
         for item, part in zip(batch.scheduled, batch.slices, strict=True):
+            assert part.context == positions[part.start + part.length - 1] + 1
             pages = [self.memory[page] for page in part.pages]
             read = [place for page in pages for place in page][: part.context]
             assert read == contents[item.sequence][: part.context], "reads KV that is not its own"
