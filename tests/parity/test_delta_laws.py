@@ -127,17 +127,16 @@ def merged(base: LlamaForCausalLM, layout: BaseLayout, adapter: Adapter) -> Llam
     with torch.no_grad():
         for name, deltas in adapter.modules.items():
             module = model.get_submodule(name)
-            if name in layout.module_shapes or name == HEAD:
-                linear = [delta for delta in deltas if not isinstance(delta, TokenRows)]
+            if name in (EMBEDDING, HEAD):
                 set_rows(module.weight, deltas)
+            linear = [delta for delta in deltas if not isinstance(delta, TokenRows)]
+            if name in layout.module_shapes or name == HEAD:
                 weight, own = merge_into(module.weight.clone(), layout.bias(name), linear)
                 module.weight.copy_(weight)
                 module.bias = None if own is None else torch.nn.Parameter(own)
             elif name == EMBEDDING:
-                linear = [delta for delta in deltas if not isinstance(delta, TokenRows)]
                 weight, _ = merge_into(module.weight.T.clone(), None, linear)
                 module.weight = torch.nn.Parameter(weight.T.contiguous())
-                set_rows(module.weight, deltas)
             else:
                 (norm,) = deltas
                 assert isinstance(norm, NormWeight)
@@ -202,6 +201,10 @@ BY_TOKEN: Mapping[str, Callable[[], Mapping[str, tuple[Delta, ...]]]] = {
     },
     "embedding scaled and low-rank": lambda: {
         EMBEDDING: (output_scale((60, VOCAB)), low_rank((60, VOCAB), 9))
+    },
+    "other deltas on top of replaced rows": lambda: {
+        EMBEDDING: (random_rows(range(0, VOCAB, 2)), low_rank((60, VOCAB))),
+        HEAD: (random_rows(range(VOCAB)), output_scale((VOCAB, 60)), low_rank((VOCAB, 60))),
     },
     "norms": lambda: {
         "model.layers.1.input_layernorm": (NormWeight(1 + 0.5 * torch.randn(60)),),
