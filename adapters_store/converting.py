@@ -40,13 +40,13 @@ DEFAULT_ENERGY = 0.9
 class ConvertedModule:
     """A module's change as a LoRA has it."""
 
-    change: Approximation
+    change: Approximation[LowRank]
     # Exact; None where the output gets no bias.
     bias: Bias | None
 
     @property
     def deltas(self) -> tuple[Delta, ...]:
-        low_rank = self.change.low_rank
+        low_rank = self.change.delta
         return (low_rank,) if self.bias is None else (low_rank, self.bias)
 
 
@@ -104,19 +104,21 @@ def _convert_module(
     module: str, deltas: Sequence[Delta], layout: BaseLayout, truncation: Truncation | None
 ) -> ConvertedModule:
     bias = _bias_change(module, deltas, layout)
-    if all(isinstance(delta, LowRank | Bias) for delta in deltas):
-        joined = _side_by_side(module, deltas, layout)
-        if truncation is None:
-            return ConvertedModule(Approximation(joined), bias)
-        return ConvertedModule(nearest_of_product(joined, truncation), bias)
-    matrix = _weight_change(module, deltas, layout)
-    if not torch.isfinite(matrix).all():
+    is_low_rank = all(isinstance(delta, LowRank | Bias) for delta in deltas)
+    if is_low_rank and truncation is None:
+        return ConvertedModule(Approximation(_side_by_side(module, deltas, layout)), bias)
+    truncation = truncation or Truncation(energy=DEFAULT_ENERGY)
+    try:
+        if is_low_rank:
+            change = nearest_of_product(_side_by_side(module, deltas, layout), truncation)
+        else:
+            change = nearest_low_rank(_weight_change(module, deltas, layout), truncation)
+    except FloatingPointError:
         raise InvalidAdapterError(
             f"The change of {module!r} has numbers beyond what float32 holds: take an earlier "
             "checkpoint."
-        )
-    truncation = truncation or Truncation(energy=DEFAULT_ENERGY)
-    return ConvertedModule(nearest_low_rank(matrix, truncation), bias)
+        ) from None
+    return ConvertedModule(change, bias)
 
 
 def _side_by_side(module: str, deltas: Sequence[Delta], layout: BaseLayout) -> LowRank:

@@ -6,7 +6,6 @@ some tools offer too, have cross terms that none of the adapters was trained wit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,13 @@ from torch import Tensor
 from polydelta.adapters_store.delta import Adapter, Delta, LowRank, Matrix, Sparse
 from polydelta.adapters_store.errors import CompositionError
 from polydelta.adapters_store.merge_recipe import Election, MergeRecipe
+from polydelta.adapters_store.nearest_low_rank import (
+    Approximation,
+    Truncation,
+    nearest_low_rank,
+    nearest_of_product,
+    total_error,
+)
 
 # An adapter, and the weight that it enters with; a negative one takes its change away.
 Source = tuple[Adapter, float]
@@ -24,26 +30,11 @@ Weighted = tuple[tuple[Matrix, ...], float]
 
 
 @dataclass(frozen=True, eq=False)
-class MergedModule:
-    """The merged change of one module, and how far its low-rank form falls short of it."""
-
-    delta: Delta
-    # Frobenius norms of the whole change and of what is left out of it; both 0 for an exact one.
-    norm: float = 0.0
-    lost: float = 0.0
-
-    @property
-    def error(self) -> float:
-        """Relative Frobenius error."""
-        return self.lost / self.norm if self.norm else 0.0
-
-
-@dataclass(frozen=True, eq=False)
 class MergedAdapter:
     """What a merge gives, before it has files."""
 
     # By full module path.
-    by_module: Mapping[str, MergedModule]
+    by_module: Mapping[str, Approximation[Delta]]
 
     @property
     def modules(self) -> dict[str, tuple[Delta, ...]]:
@@ -53,9 +44,7 @@ class MergedAdapter:
     @property
     def error(self) -> float:
         """Relative Frobenius error of all modules together."""
-        norm = math.hypot(*(module.norm for module in self.by_module.values()))
-        lost = math.hypot(*(module.lost for module in self.by_module.values()))
-        return lost / norm if norm else 0.0
+        return total_error(self.by_module.values())
 
 
 def merge(
@@ -87,15 +76,16 @@ def merge(
     if rank is None and recipe.method.thins:
         # 0 when all are sparse.
         rank = max(adapter.max_rank for adapter, _ in sources) or None
+    truncation = None if rank is None else Truncation(rank)
     # Sorted, so that the draws of a seed do not depend on the order within files.
     names = sorted({name for adapter, _ in sources for name in adapter.modules})
     generator = torch.Generator().manual_seed(recipe.seed)
-    by_module: dict[str, MergedModule] = {}
+    by_module: dict[str, Approximation[Delta]] = {}
     for name in names:
         changes = [
             (_matrices(a.modules[name]), weight) for a, weight in sources if name in a.modules
         ]
-        by_module[name] = _merge_module(name, changes, recipe, rank, generator)
+        by_module[name] = _merge_module(name, changes, recipe, truncation, generator)
         if progress is not None:
             progress(len(by_module), len(names))
     return MergedAdapter(by_module)
@@ -126,9 +116,9 @@ def _merge_module(
     name: str,
     changes: Sequence[Weighted],
     recipe: MergeRecipe,
-    rank: int | None,
+    truncation: Truncation | None,
     generator: torch.Generator,
-) -> MergedModule:
+) -> Approximation[Delta]:
     if len({delta.shape for deltas, _ in changes for delta in deltas}) > 1:
         raise CompositionError(
             f"adapters: their changes of {name!r} differ in shape: merge adapters of one base."
@@ -136,15 +126,21 @@ def _merge_module(
     low_rank = [(d, w) for deltas, w in changes for d in deltas if isinstance(d, LowRank)]
     sparse = [(d, w) for deltas, w in changes for d in deltas if isinstance(d, Sparse)]
     others = len(low_rank) + len(sparse) < sum(len(deltas) for deltas, _ in changes)
-    if not recipe.method.thins and not sparse and not others:
-        joined = _side_by_side(low_rank)
-        return MergedModule(joined) if rank is None else _reduced(name, joined, rank)
-    if not recipe.method.thins and rank is None:
-        return MergedModule(_entry_by_entry(sparse))
-    dense = _combined(changes, recipe, generator)
-    if rank is None:
-        return MergedModule(_sparse(dense))
-    return MergedModule(*_truncated(name, dense, rank))
+    is_low_rank = not recipe.method.thins and not sparse and not others
+    if truncation is None:
+        if is_low_rank:
+            return Approximation(_side_by_side(low_rank))
+        if recipe.method.thins:
+            return Approximation(_sparse(_combined(changes, recipe, generator)))
+        return Approximation(_entry_by_entry(sparse))
+    try:
+        if is_low_rank:
+            return nearest_of_product(_side_by_side(low_rank), truncation)
+        return nearest_low_rank(_combined(changes, recipe, generator), truncation)
+    except FloatingPointError:
+        raise CompositionError(
+            f"weights: the merged change of {name!r} is not finite; give smaller ones."
+        ) from None
 
 
 def _side_by_side(changes: Sequence[tuple[LowRank, float]]) -> LowRank:
@@ -202,29 +198,6 @@ def _thinned(dense: Tensor, recipe: MergeRecipe, generator: torch.Generator) -> 
     flat = dense.flatten()
     largest = flat.abs().topk(int(density * flat.numel())).indices
     return torch.zeros_like(flat).index_copy_(0, largest, flat[largest]).view_as(dense)
-
-
-def _reduced(name: str, delta: LowRank, rank: int) -> MergedModule:
-    """The nearest change of this rank, without the dense matrix: the factors' QR decompositions
-    leave a core of the size of their rank, whose singular values are those of `dW`."""
-    left, core_b = torch.linalg.qr(delta.b)
-    right, core_a = torch.linalg.qr(delta.a.T)
-    core, norm, lost = _truncated(name, core_b @ core_a.T, rank)
-    return MergedModule(LowRank(core.a @ right.T, left @ core.b), norm, lost)
-
-
-def _truncated(name: str, matrix: Tensor, rank: int) -> tuple[LowRank, float, float]:
-    """The nearest matrix of this rank by singular value decomposition, the Frobenius norm of the
-    given one, and that of what is left out."""
-    if not torch.isfinite(matrix).all():
-        raise CompositionError(
-            f"weights: the merged change of {name!r} is not finite; give smaller ones."
-        )
-    u, singular, vh = torch.linalg.svd(matrix, full_matrices=False)
-    # Half of the scale on each side, so that both factors fit into 16 bits equally well.
-    root = singular[:rank].sqrt()
-    factors = LowRank(root.unsqueeze(1) * vh[:rank], u[:, :rank] * root)
-    return factors, float(singular.norm()), float(singular[rank:].norm())
 
 
 def _dense(deltas: Sequence[Matrix]) -> Tensor:

@@ -21,7 +21,8 @@ class NormWeight:
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """Rows of the embedding (`model.embed_tokens`) or of the head (`lm_head`) are replaced."""
+    """Rows of the embedding (`model.embed_tokens`) or of the head (`lm_head`) are replaced. Other
+    deltas of the same module act on what is there then."""
 
     # [n], int64, ascending
     ids: Tensor

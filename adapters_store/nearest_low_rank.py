@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from polydelta.adapters_store.delta import LowRank
+from polydelta.adapters_store.delta import Delta, LowRank
 from polydelta.adapters_store.errors import InvalidAdapterError
+
+D = TypeVar("D", bound=Delta, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,10 @@ class Truncation:
 
 
 @dataclass(frozen=True, eq=False)
-class Approximation:
-    """A low-rank change in the place of another."""
+class Approximation(Generic[D]):
+    """A change in the place of another."""
 
-    low_rank: LowRank
+    delta: D
     # Frobenius norms of the whole change and of what is left out of it; both 0 for an exact one.
     norm: float = 0.0
     lost: float = 0.0
@@ -57,15 +60,17 @@ class Approximation:
         return self.lost / self.norm if self.norm else 0.0
 
 
-def total_error(approximations: Iterable[Approximation]) -> float:
+def total_error(approximations: Iterable[Approximation[Delta]]) -> float:
     """Relative Frobenius error of all of them together."""
     parts = list(approximations)
     norm = math.hypot(*(part.norm for part in parts))
     return math.hypot(*(part.lost for part in parts)) / norm if norm else 0.0
 
 
-def nearest_low_rank(matrix: Tensor, truncation: Truncation) -> Approximation:
-    """matrix: `[out, in]`, finite."""
+def nearest_low_rank(matrix: Tensor, truncation: Truncation) -> Approximation[LowRank]:
+    """matrix: `[out, in]`. Raises FloatingPointError for one that is not finite."""
+    if not torch.isfinite(matrix).all():
+        raise FloatingPointError("a matrix with infinite entries has no singular values")
     u, singular, vh = torch.linalg.svd(matrix, full_matrices=False)
     rank = truncation.rank_of(singular)
     # Half of the scale on each side, so that both factors fit into 16 bits equally well.
@@ -74,11 +79,11 @@ def nearest_low_rank(matrix: Tensor, truncation: Truncation) -> Approximation:
     return Approximation(low_rank, float(singular.norm()), float(singular[rank:].norm()))
 
 
-def nearest_of_product(delta: LowRank, truncation: Truncation) -> Approximation:
+def nearest_of_product(delta: LowRank, truncation: Truncation) -> Approximation[LowRank]:
     """As `nearest_low_rank`, without the dense matrix: the factors' QR decompositions leave a core
     of the size of their rank, whose singular values are those of `dW`."""
     left, core_b = torch.linalg.qr(delta.b)
     right, core_a = torch.linalg.qr(delta.a.T)
     core = nearest_low_rank(core_b @ core_a.T, truncation)
-    factors = LowRank(core.low_rank.a @ right.T, left @ core.low_rank.b)
+    factors = LowRank(core.delta.a @ right.T, left @ core.delta.b)
     return Approximation(factors, core.norm, core.lost)

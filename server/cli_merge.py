@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ByteSize
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.merge_recipe import Election, MergeRecipe, Method
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.server import options
+from polydelta.server.arguments import BaseModel, Dtype, OutFolder
+from polydelta.server.base_models import open_base, told_base
+from polydelta.server.facts import facts_table, human_size
+from polydelta.server.progress_bar import progress_bar
 from polydelta.server.settings import ServerSettings, SettingsError, load_settings
 from polydelta.server.stores import find_adapter
 
 if TYPE_CHECKING:
     from polydelta.adapters_store.base_layout import BaseLayout
     from polydelta.adapters_store.delta import Adapter
-    from polydelta.adapters_store.merging import MergedAdapter, Source
-
-
-class Dtype(StrEnum):
-    """Of the weights in the file; torch calls them the same."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
+    from polydelta.adapters_store.merging import MergedAdapter
 
 
 def merge(
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT_FOLDER", help="New adapter's folder; not there or empty.")
-    ],
+    out: OutFolder,
     sources: Annotated[
         list[str],
         typer.Argument(
@@ -69,13 +58,7 @@ def merge(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws of dare and dare-ties.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Number format of the file.")] = Dtype.FLOAT32,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Base model of the adapters; without it, the one that `serve` would take.",
-            metavar="PATH|HUB_ID",
-        ),
-    ] = None,
+    model: BaseModel = None,
     store: options.Store = None,
 ) -> None:
     """Merge adapters into a new one, which PEFT reads too.
@@ -106,18 +89,14 @@ def merge(
     # Here and not above: `polydelta --help` must not wait for torch.
     import torch
 
-    from polydelta.adapters_store.formats.adapter_folder import check_free
     from polydelta.adapters_store.formats.peft_writer import write_adapter
-    from polydelta.engine.build import torch_dtype
-    from polydelta.engine.models.base_weights import checkpoint_layout
-    from polydelta.engine.models.checkpoint import open_checkpoint
+    from polydelta.adapters_store.merging import merge as merge_adapters
 
-    # Before the work: a taken name should not cost the wait.
-    check_free(out)
-    base = open_checkpoint(settings.model)
-    layout = checkpoint_layout(base, torch_dtype(settings.dtype))
-    merged = _merge([(_read(ref, layout), weight) for ref, weight in refs], recipe)
-    base_name = _base_name(refs) or settings.model or base.id
+    base, layout = open_base(settings.model, settings.dtype)
+    sources = [(_read(ref, layout), weight) for ref, weight in refs]
+    with progress_bar("merging") as progress:
+        merged = merge_adapters(sources, recipe, progress)
+    base_name = told_base(ref for ref, _ in refs) or settings.model or base.id
     write_adapter(out, merged.modules, base_name, getattr(torch, dtype))
     Console().print(_facts(out, merged, recipe, dtype))
 
@@ -149,49 +128,23 @@ def _read(ref: AdapterRef, layout: BaseLayout) -> Adapter:
         raise InvalidAdapterError(f"{str(ref.path)!r}: {error}") from None
 
 
-def _base_name(refs: Sequence[tuple[AdapterRef, float]]) -> str | None:
-    """What the adapters' configs call their base, if all say the same: often a hub id, where we
-    know only a folder."""
-    from polydelta.adapters_store.formats.files import read_config_bytes
-    from polydelta.adapters_store.formats.peft_config import parse_config
-
-    configs = [parse_config(read_config_bytes(ref.path)) for ref, _ in refs]
-    names = {str(config.get("base_model_name_or_path") or "") for config in configs}
-    return names.pop() if len(names) == 1 else None
-
-
-def _merge(sources: Sequence[Source], recipe: MergeRecipe) -> MergedAdapter:
-    """With a progress bar over the modules."""
-    from polydelta.adapters_store.merging import merge as merge_adapters
-
-    console = Console(stderr=True)
-    columns = (TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # In a log file a bar is noise.
-    quiet = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
-        task = progress.add_task("merging", total=None)
-        return merge_adapters(
-            sources,
-            recipe,
-            lambda done, total: progress.update(task, completed=done, total=total),
-        )
-
-
 def _facts(out: Path, merged: MergedAdapter, recipe: MergeRecipe, dtype: Dtype) -> Table:
     """What was written, for people."""
     from polydelta.adapters_store.inspection import inspect
 
     summary = inspect(out)
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("folder", escape(str(out)))
-    facts.add_row("method", _described(recipe))
-    facts.add_row("format", f"{summary.format} in {dtype}")
-    facts.add_row("modules", str(summary.modules))
-    if summary.ranks:
-        facts.add_row("ranks", ", ".join(str(rank) for rank in summary.ranks))
-    facts.add_row("size", ByteSize(summary.bytes).human_readable())
-    facts.add_row("error", _error(merged))
-    return facts
+    ranks = ", ".join(map(str, summary.ranks))
+    return facts_table(
+        {
+            "folder": str(out),
+            "method": _described(recipe),
+            "format": f"{summary.format} in {dtype}",
+            "modules": str(summary.modules),
+            **({"ranks": ranks} if ranks else {}),
+            "size": human_size(summary.bytes),
+            "error": _error(merged),
+        }
+    )
 
 
 def _described(recipe: MergeRecipe) -> str:
@@ -208,5 +161,5 @@ def _error(merged: MergedAdapter) -> str:
     worst = max(merged.by_module, key=lambda name: merged.by_module[name].error)
     return (
         f"{merged.error:.2%} of the change is beyond the rank"
-        f" ({merged.by_module[worst].error:.2%} in {escape(worst)})"
+        f" ({merged.by_module[worst].error:.2%} in {worst})"
     )

@@ -185,10 +185,10 @@ def test_low_rank_changes_stay_as_they_are(layout: BaseLayout) -> None:
 def test_low_rank_changes_are_cut_down_when_a_rank_is_asked_for(layout: BaseLayout) -> None:
     delta = every_kind(*layout.module_shapes[K])["LowRank"]
     converted = to_low_rank(adapter_of({K: [delta]}), layout, Truncation(rank=1))
-    assert converted.by_module[K].change.low_rank.rank == 1
+    assert converted.by_module[K].change.delta.rank == 1
     u, s, vh = torch.linalg.svd(delta.dense())
     torch.testing.assert_close(
-        converted.by_module[K].change.low_rank.dense(),
+        converted.by_module[K].change.delta.dense(),
         s[0] * u[:, :1] @ vh[:1],
         atol=1e-5,
         rtol=1e-5,
@@ -200,7 +200,7 @@ def test_without_a_truncation_nine_tenths_of_other_changes_stay(layout: BaseLayo
     dense = Dense(torch.randn(layout.module_shapes[DOWN]))
     change = to_low_rank(adapter_of({DOWN: [dense]}), layout).by_module[DOWN].change
     assert 0.2 < change.error <= 0.1**0.5
-    assert 1 < change.low_rank.rank < 36
+    assert 1 < change.delta.rank < 36
 
 
 def test_ranks_and_factors_are_those_of_pefts_own_conversion(
@@ -222,8 +222,8 @@ def test_ranks_and_factors_are_those_of_pefts_own_conversion(
     for name, module in converted.by_module.items():
         prefix = f"base_model.model.{name}.lora"
         want = state[f"{prefix}_B.weight"] @ state[f"{prefix}_A.weight"]
-        assert module.change.low_rank.rank == len(state[f"{prefix}_A.weight"])
-        torch.testing.assert_close(module.change.low_rank.dense(), want, atol=1e-5, rtol=1e-4)
+        assert module.change.delta.rank == len(state[f"{prefix}_A.weight"])
+        torch.testing.assert_close(module.change.delta.dense(), want, atol=1e-5, rtol=1e-4)
     assert config.r >= 1
 
 

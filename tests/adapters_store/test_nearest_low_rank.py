@@ -20,8 +20,8 @@ from polydelta.adapters_store.nearest_low_rank import (
 def test_what_is_lost_is_what_the_factors_leave_out() -> None:
     matrix = torch.randn(13, 7)
     found = nearest_low_rank(matrix, Truncation(rank=3))
-    assert found.low_rank.rank == 3
-    lost = torch.linalg.matrix_norm(matrix - found.low_rank.dense())
+    assert found.delta.rank == 3
+    lost = torch.linalg.matrix_norm(matrix - found.delta.dense())
     assert found.lost == pytest.approx(float(lost), rel=1e-4)
     assert found.error == pytest.approx(float(lost / torch.linalg.matrix_norm(matrix)), rel=1e-4)
 
@@ -31,7 +31,7 @@ def test_energy_takes_as_many_singular_values_as_pefts_conversion(energy: float)
     matrix = torch.randn(21, 34)
     singular = torch.linalg.svdvals(matrix)
     found = nearest_low_rank(matrix, Truncation(energy=energy))
-    assert found.low_rank.rank == _find_cutoff_index(singular, energy)
+    assert found.delta.rank == _find_cutoff_index(singular, energy)
     assert found.error**2 <= 1 - energy
 
 
@@ -39,14 +39,14 @@ def test_whole_energy_and_a_rank_above_the_matrix_keep_everything() -> None:
     matrix = torch.randn(5, 9)
     for truncation in (Truncation(energy=1.0), Truncation(rank=100)):
         found = nearest_low_rank(matrix, truncation)
-        assert found.low_rank.rank <= 5
-        torch.testing.assert_close(found.low_rank.dense(), matrix, atol=1e-5, rtol=0)
+        assert found.delta.rank <= 5
+        torch.testing.assert_close(found.delta.dense(), matrix, atol=1e-5, rtol=0)
 
 
 def test_a_change_of_zeros_has_rank_1_and_no_error() -> None:
     found = nearest_low_rank(torch.zeros(4, 6), Truncation(energy=0.9))
-    assert (found.low_rank.rank, found.error) == (1, 0.0)
-    assert not found.low_rank.dense().any()
+    assert (found.delta.rank, found.error) == (1, 0.0)
+    assert not found.delta.dense().any()
 
 
 def test_a_product_is_truncated_as_its_dense_matrix_is() -> None:
@@ -56,9 +56,9 @@ def test_a_product_is_truncated_as_its_dense_matrix_is() -> None:
             nearest_of_product(product, truncation),
             nearest_low_rank(product.dense(), truncation),
         )
-        assert found.low_rank.rank == want.low_rank.rank
+        assert found.delta.rank == want.delta.rank
         torch.testing.assert_close(
-            found.low_rank.dense(), want.low_rank.dense(), atol=1e-4, rtol=1e-4
+            found.delta.dense(), want.delta.dense(), atol=1e-4, rtol=1e-4
         )
         assert found.error == pytest.approx(want.error, rel=1e-4)
 

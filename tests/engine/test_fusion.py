@@ -13,8 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from polydelta.adapters_store.base_layout import BaseLayout
-from polydelta.adapters_store.delta import Adapter, Delta, LowRank, Sparse
+from polydelta.adapters_store.base_layout import FINAL_NORM, HEAD, MODEL, BaseLayout
+from polydelta.adapters_store.delta import (
+    Adapter,
+    Bias,
+    Delta,
+    Invocation,
+    LowRank,
+    NormWeight,
+    Prompt,
+    Scale,
+    Side,
+    Sparse,
+)
 from polydelta.adapters_store.packed import PackedAdapter
 from polydelta.adapters_store.packing import pack
 from polydelta.adapters_store.reference import AdapterRef
@@ -271,6 +282,34 @@ class TestFusion:
                 time.sleep(0.001)
         assert [fusion.settle(self.SHIRA, packed) for _ in range(3)] == [None] * 3
         assert len(caplog.records) == 1
+
+    @pytest.mark.parametrize(
+        ("module", "delta"),
+        [
+            ("model.layers.1.self_attn.k_proj", Bias(torch.ones(20))),
+            ("model.layers.1.self_attn.k_proj", Scale(torch.ones(60), Side.INPUT)),
+            (HEAD, LowRank(torch.ones(1, 60), torch.ones(49152, 1))),
+            (FINAL_NORM, NormWeight(torch.ones(60))),
+            (MODEL, Prompt(torch.ones(3, 60))),
+            (MODEL, Invocation((3,))),
+        ],
+        ids=["bias", "scale", "low rank of the head", "norm", "prompt", "invocation"],
+    )
+    def test_an_adapter_that_is_more_than_weights_to_add_stays_unmerged(
+        self,
+        linears: list[list[FusableLinear]],
+        tiny_layout: BaseLayout,
+        module: str,
+        delta: Delta,
+    ) -> None:
+        before, fusion = list(weights_of(linears)), Fusion(linears)
+        modules = dict(adapter_of(tiny_layout, "lora").modules)
+        modules[module] = (*modules.get(module, ()), delta)
+        content = pack(Adapter("more", 1, "digest", "LORA", modules), tiny_layout, torch.float32)
+        for _ in range(3):
+            assert fusion.settle(self.LORA, lambda ref: content) is None
+            assert fusion._prepared is None
+        assert same(list(weights_of(linears)), before)
 
     def test_one_adapter_at_a_time_is_made_ready_however_often_the_wanted_one_changes(
         self,
