@@ -2,6 +2,7 @@
 #
 #   PYTHON       the Python (3.11 to 3.13) that .venv is made with
 #   ARGS         options for `polydelta serve`, or for pytest
+#   WORKERS      processes that run tests side by side: a number, or auto for one a core
 #   PIP_ARGS     more options for every `pip install`, such as --index-url
 #   TORCH_INDEX  where torch is looked for besides pip's own index: by default PyTorch's index of CPU
 #                builds, because PyPI's build for Linux brings gigabytes of CUDA libraries. Empty, or
@@ -9,6 +10,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= auto
 PIP_ARGS ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -20,6 +22,8 @@ BASE := $(VENV)/.installed-base
 RUN := $(VENV)/.installed-run
 TEST := $(VENV)/.installed-test
 LINT := $(VENV)/.installed-lint
+# One thread for each process: teams of several would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 # Where mypy finds the package's folders under the name that they are imported by.
 TYPECHECK := build/typecheck
 
@@ -33,10 +37,10 @@ serve: $(RUN)  ## Serve on 127.0.0.1:8000; options in ARGS="--port 9000 --adapte
 	@exec $(BIN)/polydelta serve $(ARGS)
 
 test: $(TEST)  ## Run the whole test suite; options for pytest in ARGS="-k scheduler -x".
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-quick: $(TEST)  ## Run the tests that take less than about ten seconds each.
-	@exec $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(LINT)  ## Check style, format and types: ruff and mypy.
 	@mkdir -p $(TYPECHECK)/polydelta

@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from polydelta.adapters_store.delta_kinds import ADDABLE
+from polydelta.adapters_store.delta_kinds import ADDABLE, NOT_SERVED
 from polydelta.adapters_store.errors import CompositionError
 from polydelta.adapters_store.reference import AdapterRef
 
@@ -62,12 +62,13 @@ def _total(weights: Iterable[float]) -> float:
 
 
 def check_addable(name: str, kinds: Collection[str]) -> None:
-    """Raises CompositionError when an adapter has kinds whose sum is not defined."""
+    """Raises CompositionError when an adapter has kinds whose weighted sum is not defined."""
     others = sorted(set(kinds) - ADDABLE)
     if others:
         raise CompositionError(
-            f"adapters: {name!r} has deltas of kind {', '.join(others)}, which cannot be added to "
-            f"others (only {', '.join(sorted(ADDABLE))} can): use it alone, by the field `model`."
+            f"adapters: {name!r} has deltas of kind {', '.join(others)}, which can be neither "
+            f"weighted nor added to others (only {', '.join(sorted(ADDABLE - NOT_SERVED))} can): "
+            "use it alone with weight 1, by the field `model`."
         )
 
 

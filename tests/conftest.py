@@ -27,6 +27,15 @@ from polydelta.engine.request import FinishReason, GenerationRequest, RequestOut
 from polydelta.kernels.ops import kernels_for
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side, those that start servers come one after the other: two servers
+    on two cores would starve each other, and some tests wait for them by the clock."""
+    for item in items:
+        if "e2e" in item.path.parts or item.path.name == "test_serving.py":
+            item.add_marker(pytest.mark.xdist_group("servers"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nobodys_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Whatever a test does not say, it never touches the store of the user who runs it."""
