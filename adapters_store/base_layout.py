@@ -70,7 +70,7 @@ class NormPart:
 class BaseLayout:
     """The parts of a base model. Every decoder block has the same ones."""
 
-    # Digest of the base model's shapes and name; a packed adapter is valid for one fingerprint.
+    # Digest of the base model's shapes and name.
     fingerprint: str
     num_layers: int
     linears: tuple[FusedLinear, ...]
@@ -82,6 +82,8 @@ class BaseLayout:
     # Whether the head is the embedding.
     tied: bool = False
     weights: BaseWeights | None = field(default=None, compare=False, repr=False)
+    # What tells these weights from others of the same shapes and name; "" where none are at hand.
+    weights_id: str = field(default="", compare=False, repr=False)
 
     def module_name(self, layer: int, part: str) -> str:
         """Full module path, as adapter files write it: `model.layers.3.self_attn.q_proj`."""

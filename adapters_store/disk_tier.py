@@ -61,8 +61,8 @@ class AdapterFiles(Protocol):
 class DiskTier:
     """Loads adapters in packed form; one without it is read, checked, packed and written.
 
-    Packed files are kept by digest, base model and dtype. They are a cache, and least recently used
-    ones are deleted beyond `capacity_bytes`.
+    Packed files are kept by digest, base model with its weights, and dtype. They are a cache, and
+    least recently used ones are deleted beyond `capacity_bytes`.
     """
 
     def __init__(
@@ -74,7 +74,9 @@ class DiskTier:
         capacity_bytes: int,
     ) -> None:
         self._loader = FolderLoader(layout, dtype)
-        base = hashlib.sha256(layout.fingerprint.encode()).hexdigest()[:16]
+        # Of some formats the packed numbers were computed from the base's weights.
+        told = f"{layout.fingerprint}\n{layout.weights_id}"
+        base = hashlib.sha256(told.encode()).hexdigest()[:16]
         self._file_name = f"{base}-{str(dtype).removeprefix('torch.')}.packed"
         self._folder = folder
         self._files = files

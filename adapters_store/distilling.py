@@ -11,9 +11,7 @@ from torch import Tensor
 
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.errors import InvalidAdapterError
-from polydelta.adapters_store.formats.foreign import (
-    bitdelta,
-)
+from polydelta.adapters_store.formats.foreign import bitdelta
 from polydelta.adapters_store.importing.full_model import check_same_parts, replaced_modules
 from polydelta.adapters_store.importing.new_adapter import NewAdapter
 

@@ -11,11 +11,7 @@ from pathlib import Path
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats import read_adapter
-from polydelta.adapters_store.formats.files import (
-    folder_digest,
-    read_config_bytes,
-    read_shapes,
-)
+from polydelta.adapters_store.formats.files import folder_digest, read_config_bytes, read_shapes
 from polydelta.adapters_store.formats.modules import outline_adapter
 from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import parse_config

@@ -27,19 +27,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from polydelta.adapters_store.packed import (
-    ALIGNMENT,
-    LowRankBlock,
-    PackedAdapter,
-    PackedDelta,
-    PackedLayer,
-    PackedMatrix,
-    PackedPrefix,
-    PackedVector,
-)
+from polydelta.adapters_store.packed import PackedAdapter, PackedLayer, PackedPrefix
+from polydelta.adapters_store.packed_deltas import LowRankBlock, PackedDelta
+from polydelta.adapters_store.packed_tensors import ALIGNMENT, PackedMatrix, PackedVector
 
 # The digit changes with the layout of the file or of what is packed.
-MAGIC = b"polydelta-packed-3\n"
+MAGIC = b"polydelta-packed-4\n"
 
 _TYPES = {
     kind.__name__: kind

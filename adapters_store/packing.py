@@ -31,20 +31,18 @@ from polydelta.adapters_store.delta import (
     Sparse,
     TopK,
 )
-from polydelta.adapters_store.packed import (
+from polydelta.adapters_store.packed import PackedAdapter, PackedLayer, PackedPrefix
+from polydelta.adapters_store.packed_deltas import (
     LowRankBlock,
-    PackedAdapter,
     PackedBias,
     PackedCirculant,
     PackedColumns,
     PackedDelta,
     PackedInputScale,
     PackedKronecker,
-    PackedLayer,
     PackedLowRank,
     PackedNorm,
     PackedOneBit,
-    PackedPrefix,
     PackedRotate,
     PackedRows,
     PackedScale,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polydelta.adapters_store.packed import (
+from polydelta.adapters_store.packed_tensors import (
     ALIGNMENT,
+    BYTES_ALIGNMENT,
     PackedMatrix,
     PackedVector,
     matrix_view,
@@ -25,16 +26,16 @@ class LayerWriter:
         self._vectors: list[tuple[PackedVector, Tensor]] = []
 
     def matrix(self, tensor: Tensor) -> PackedMatrix:
-        return self._matrix(tensor, self.dtype)
+        return self._matrix(tensor, self.dtype, ALIGNMENT)
 
     def byte_matrix(self, tensor: Tensor) -> PackedMatrix:
         """tensor: uint8."""
-        return self._matrix(tensor, torch.uint8)
+        return self._matrix(tensor, torch.uint8, BYTES_ALIGNMENT)
 
     def vector(self, tensor: Tensor, dtype: torch.dtype) -> PackedVector:
         packed = PackedVector(self._nbytes, len(tensor), dtype)
         self._vectors.append((packed, tensor))
-        self._nbytes += _aligned(len(tensor) * dtype.itemsize)
+        self._nbytes += _aligned(len(tensor) * dtype.itemsize, ALIGNMENT)
         return packed
 
     def data(self) -> Tensor:
@@ -46,14 +47,14 @@ class LayerWriter:
             vector_view(data, vector).copy_(tensor)
         return data
 
-    def _matrix(self, tensor: Tensor, dtype: torch.dtype) -> PackedMatrix:
+    def _matrix(self, tensor: Tensor, dtype: torch.dtype, alignment: int) -> PackedMatrix:
         rows, columns = tensor.shape
-        row_bytes = _aligned(columns * dtype.itemsize)
+        row_bytes = _aligned(columns * dtype.itemsize, alignment)
         packed = PackedMatrix(self._nbytes, (rows, columns), row_bytes // dtype.itemsize)
         self._matrices.append((packed, tensor, dtype))
-        self._nbytes += rows * row_bytes
+        self._nbytes += _aligned(rows * row_bytes, ALIGNMENT)
         return packed
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def _aligned(nbytes: int, alignment: int) -> int:
+    return -(-nbytes // alignment) * alignment

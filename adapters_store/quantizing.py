@@ -53,19 +53,12 @@ def quantize(
         raise InvalidAdapterError(f"bits is {bits}: take 8, 4 or 1.")
     if group_size < 1:
         raise InvalidAdapterError(f"group_size is {group_size}: take 1 or more, such as 64.")
-    stored: dict[str, Tensor] = {}
     chosen = {name: tensor for name, tensor in tensors.items() if _worth_it(name, tensor, bits)}
     if not chosen:
         raise InvalidAdapterError(
             f"The adapter has no matrix of {_MIN_ELEMENTS} numbers or more in more than {bits} "
             "bits, so quantising would not make it smaller: leave it as it is, or take fewer bits."
         )
-    for name, tensor in tensors.items():
-        if name in chosen:
-            codes, scales = _quantized(to_float32(name, tensor), bits, group_size)
-            stored[name], stored[f"{name}{SCALE_SUFFIX}"] = packed_codes(codes, bits), scales
-        else:
-            stored[name] = tensor
     shapes = {name: tuple(tensor.shape) for name, tensor in chosen.items()}
     told = {**config, QUANTIZATION: Quantization(bits, group_size, shapes).as_config()}
     if len(json.dumps(told, indent=2)) > MAX_CONFIG_BYTES:
@@ -73,6 +66,13 @@ def quantize(
             f"The shapes of {len(shapes)} tensors make the config larger than {MAX_CONFIG_BYTES} "
             "bytes, which is not read: leave the adapter as it is."
         )
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in chosen:
+            codes, scales = _quantized(to_float32(name, tensor), bits, group_size)
+            stored[name], stored[f"{name}{SCALE_SUFFIX}"] = packed_codes(codes, bits), scales
+        else:
+            stored[name] = tensor
     return told, stored
 
 

@@ -19,7 +19,7 @@ from polydelta.adapters_store.delta import (
     Scale,
     TokenRows,
 )
-from polydelta.adapters_store.packed import (
+from polydelta.adapters_store.packed_deltas import (
     EMBEDDING_LINEAR,
     FINAL_NORM_INDEX,
     HEAD_LINEAR,

@@ -103,11 +103,9 @@ class AdapterControl:
 
     def _place(self, order: _Order) -> None:
         ref, residency = order.ref, self._residency
-        pages = residency.pages_needed(ref)
-        pinned = residency.num_pinned_pages(besides=[ref])
-        limit = self._pool.num_pages // 2 if order.pin else self._pool.num_pages
-        if pages + pinned > limit:
-            self._end(order, AdapterError(self._too_large(order, pages, pinned)))
+        problem = self._lack_of_pages(order) or self._lack_of_positions(ref)
+        if problem is not None:
+            self._end(order, AdapterError(problem))
         elif self._pool.can_allocate(residency.pages_to_acquire(ref)):
             if order.pin:
                 residency.pin(ref)
@@ -116,14 +114,30 @@ class AdapterControl:
                 residency.release(ref)
             self._end(order)
 
-    def _too_large(self, order: _Order, pages: int, pinned: int) -> str:
+    def _lack_of_pages(self, order: _Order) -> str | None:
+        """None where it may have them."""
+        pages = self._residency.pages_needed(order.ref)
+        pinned = self._residency.num_pinned_pages(besides=[order.ref])
+        pool = self._pool.num_pages
+        if pages + pinned <= (pool // 2 if order.pin else pool):
+            return None
         others = f", {pinned} of which other pinned adapters hold" if pinned else ""
         limit = "pinned adapters may hold half of them" if order.pin else "it never fits"
         unpin = "unpin others, or " if pinned else ""
         return (
-            f"{order.ref.name!r} needs {pages} pages of the pool, which has "
-            f"{self._pool.num_pages}{others}, and {limit}: {unpin}start the server with a larger "
-            "pool."
+            f"{order.ref.name!r} needs {pages} pages of the pool, which has {pool}{others}, and "
+            f"{limit}: {unpin}start the server with a larger pool."
+        )
+
+    def _lack_of_positions(self, ref: AdapterRef) -> str | None:
+        """None where its virtual tokens leave room for the shortest prompt and an answer."""
+        virtual = self._residency.traits(ref).num_prefix_tokens
+        limit = self._scheduler.max_positions
+        if virtual + 1 < limit:
+            return None
+        return (
+            f"{ref.name!r} puts {virtual} virtual tokens before a prompt, but the context window "
+            f"is {limit} tokens: use an adapter with fewer of them."
         )
 
     def _end(self, order: _Order, error: AdapterError | None = None) -> None:

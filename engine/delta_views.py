@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polydelta.adapters_store.packed import (
+from polydelta.adapters_store.packed_deltas import (
     PackedCirculant,
     PackedColumns,
     PackedKronecker,
@@ -16,9 +16,8 @@ from polydelta.adapters_store.packed import (
     PackedScale,
     PackedSparse,
     PackedTopK,
-    matrix_view,
-    vector_view,
 )
+from polydelta.adapters_store.packed_tensors import matrix_view, vector_view
 from polydelta.kernels.delta_weights import (
     AddWeights,
     ChangeWeights,

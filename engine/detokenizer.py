@@ -40,30 +40,34 @@ class Detokenizer:
         params = self._params
         stops_here = token_id in params.stop_token_ids
         if stops_here or (token_id in self._tokenizer.eos_token_ids and not params.ignore_eos):
-            return TextStep(self._rest(), FinishReason.STOP, token_id if stops_here else None)
+            return self._end(FinishReason.STOP, token_id if stops_here else None)
         self._token_ids.append(token_id)
         piece = self._stream.push(token_id)
         self._length += len(piece)
         self._held += piece
-        if (found := self._find_stop()) is not None:
-            place, stop = found
-            end = place + len(stop) if params.include_stop_str_in_output else place
-            return TextStep(self._held[:end], FinishReason.STOP, stop)
+        if (stopped := self._stopped()) is not None:
+            return stopped
         if last or len(self._token_ids) == params.max_tokens:
-            return TextStep(self._rest(), FinishReason.LENGTH)
+            return self._end(FinishReason.LENGTH)
         safe = len(self._held) - _overlap(self._held, params.stop)
         text, self._held = self._held[:safe], self._held[safe:]
         return TextStep(text)
 
-    def _find_stop(self) -> tuple[int, str] | None:
-        """The first stop string in what is held, and where it begins."""
+    def _stopped(self) -> TextStep | None:
+        """The end, where a stop string is in what is held: at the one that begins first."""
         found = [(self._held.find(stop), stop) for stop in self._params.stop]
-        return min((hit for hit in found if hit[0] >= 0), default=None)
+        place, stop = min((hit for hit in found if hit[0] >= 0), default=(0, None))
+        if stop is None:
+            return None
+        end = place + len(stop) if self._params.include_stop_str_in_output else place
+        return TextStep(self._held[:end], FinishReason.STOP, stop)
 
-    def _rest(self) -> str:
-        """What is still held at the end, a character that was never completed included."""
+    def _end(self, reason: FinishReason, stop_reason: int | None = None) -> TextStep:
+        """With what is still held, a character that was never completed included: in its token
+        there may be a stop string before it."""
         whole = self._tokenizer.decode(self._token_ids, self._params.skip_special_tokens)
-        return self._held + whole[self._length :]
+        self._held += whole[self._length :]
+        return self._stopped() or TextStep(self._held, reason, stop_reason)
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:

@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from polydelta.adapters_store.packed import PackedAdapter, PackedLowRank, PackedSparse
+from polydelta.adapters_store.packed import PackedAdapter
+from polydelta.adapters_store.packed_deltas import PackedLowRank, PackedSparse
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.delta_views import low_rank_view, sparse_view
 from polydelta.engine.models.decoder import Decoder

@@ -1,23 +1,24 @@
-"""What one adapter does to one (fused) linear layer, ready to be applied to rows of a step."""
+"""What one adapter does to the (fused) linear layers and the norms of a decoder layer, ready to be
+applied to rows of a step."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from polydelta.adapters_store.packed import (
+from polydelta.adapters_store.packed import PackedLayer
+from polydelta.adapters_store.packed_deltas import (
     PackedBias,
-    PackedDelta,
     PackedInputScale,
     PackedNorm,
     PackedRotate,
     PackedScale,
-    vector_view,
 )
+from polydelta.adapters_store.packed_tensors import vector_view
 from polydelta.engine.delta_views import PackedAdd, PackedChange, add_weights, change_weights
 from polydelta.kernels.ops import AddDelta, ChangeOutput, Kernels, Linear
 
@@ -26,7 +27,7 @@ PackedLinear = PackedAdd | PackedChange | PackedInputScale | PackedBias
 
 
 @dataclass(frozen=True, eq=False)
-class Columns:
+class PartVector:
     """Columns of y, start : start + count, and a vector for them."""
 
     start: int
@@ -42,10 +43,10 @@ class LinearDeltas:
     # [in] float32: what the base's input is multiplied with
     input_scale: Tensor | None = None
     # The same for some outputs only, which must be computed once more.
-    part_scales: list[Columns] = field(default_factory=list)
+    part_scales: list[PartVector] = field(default_factory=list)
     changes: list[ChangeOutput] = field(default_factory=list)
     adds: list[AddDelta] = field(default_factory=list)
-    biases: list[Columns] = field(default_factory=list)
+    biases: list[PartVector] = field(default_factory=list)
 
     def apply(self, y: Tensor, x: Tensor, weight: float, base: Linear) -> None:
         """y `[rows, out]`: the base's product of x `[rows, in]`, times `input_scale`, changed in
@@ -70,32 +71,33 @@ class LinearDeltas:
                 self.input_scale = vector_view(data, delta.vector)
             case PackedInputScale():
                 vector = vector_view(data, delta.vector)
-                self.part_scales.append(Columns(delta.out_start, delta.out_features, vector))
+                self.part_scales.append(PartVector(delta.out_start, delta.out_features, vector))
             case PackedBias():
                 vector = vector_view(data, delta.vector)
-                self.biases.append(Columns(delta.out_start, len(vector), vector))
+                self.biases.append(PartVector(delta.out_start, len(vector), vector))
             case PackedScale() | PackedRotate():
                 self.changes.append(kernels.change_output(change_weights(delta, data)))
             case _:
                 self.adds.append(kernels.add_delta(add_weights(delta, data, dtype)))
 
 
-def bind_linears(
-    deltas: Iterable[PackedDelta], data: Tensor, dtype: torch.dtype, kernels: Kernels
-) -> dict[int, LinearDeltas]:
-    """By index in `BaseLayout.linears`. data: the layer's bytes in the pool; dtype: the
-    adapter's."""
-    bound: defaultdict[int, LinearDeltas] = defaultdict(LinearDeltas)
-    for delta in deltas:
+@dataclass(frozen=True, eq=False)
+class LayerDeltas:
+    """Of one decoder layer."""
+
+    # By index in `BaseLayout.linears`.
+    linears: Mapping[int, LinearDeltas]
+    # By index in `BaseLayout.norms`, or FINAL_NORM_INDEX: the weight that replaces the base's.
+    norms: Mapping[int, Tensor]
+
+
+def bind_layer(layer: PackedLayer, dtype: torch.dtype, kernels: Kernels) -> LayerDeltas:
+    """layer: its bytes in the pool; dtype: the adapter's."""
+    linears: defaultdict[int, LinearDeltas] = defaultdict(LinearDeltas)
+    norms: dict[int, Tensor] = {}
+    for delta in layer.deltas:
         if isinstance(delta, PackedLinear) and delta.linear >= 0:
-            bound[delta.linear].bind(delta, data, dtype, kernels)
-    return dict(bound)
-
-
-def bind_norms(deltas: Iterable[PackedDelta], data: Tensor) -> dict[int, Tensor]:
-    """Replaced weights of norms, by index of the norm."""
-    return {
-        delta.norm: vector_view(data, delta.weight)
-        for delta in deltas
-        if isinstance(delta, PackedNorm)
-    }
+            linears[delta.linear].bind(delta, layer.data, dtype, kernels)
+        elif isinstance(delta, PackedNorm):
+            norms[delta.norm] = vector_view(layer.data, delta.weight)
+    return LayerDeltas(dict(linears), norms)

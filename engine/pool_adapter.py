@@ -7,20 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polydelta.adapters_store.packed import FINAL_NORM_INDEX, PackedAdapter
-from polydelta.engine.linear_deltas import LinearDeltas, bind_linears, bind_norms
+from polydelta.adapters_store.packed import PackedAdapter, PackedLayer
+from polydelta.adapters_store.packed_deltas import FINAL_NORM_INDEX
+from polydelta.engine.linear_deltas import LayerDeltas, LinearDeltas, bind_layer
 from polydelta.engine.token_deltas import (
     EmbeddingDeltas,
     HeadDeltas,
-    bind_embedding,
-    bind_head,
+    TokenDeltas,
+    bind_tokens,
     changes_tokens,
 )
 from polydelta.kernels.ops import Kernels
-
-# Of one layer: by index of the linear layer, and of the norm.
-BoundLayer = tuple[dict[int, LinearDeltas], dict[int, Tensor]]
-BoundTokens = tuple[EmbeddingDeltas | None, HeadDeltas | None]
 
 
 class PoolAdapter:
@@ -40,24 +37,24 @@ class PoolAdapter:
         self._pages = torch.tensor(pages, dtype=torch.int64)
         # What lies in each layer, without the host's copy of the bytes.
         self._deltas = [layer.deltas for layer in packed.layers]
-        self._changes_tokens = changes_tokens(self._deltas)
-        self._bound: dict[int, BoundLayer] = {}
-        self._tokens: BoundTokens | None = None
+        # What is bound. Of scattered pages: the layer at hand, and tokens never.
+        self._layers: dict[int, LayerDeltas] = {}
+        self._tokens = None if changes_tokens(self._deltas) else TokenDeltas()
         self._first = pages[0] if pages else 0
         self._in_one_run = list(pages) == list(range(self._first, self._first + len(pages)))
         for layer, content in enumerate(packed.layers):
             self._write(layer, content.data, pages)
         if self._in_one_run:
-            self._bound = {layer: self._bind(layer) for layer in range(len(packed.layers))}
-            self._tokens = self._bind_tokens()
+            self._layers = {layer: self._bind(layer) for layer in range(len(packed.layers))}
+            self._tokens = self._of_tokens()
 
     def linear(self, layer: int, index: int) -> LinearDeltas | None:
         """What it does to one linear layer, by its index in `BaseLayout.linears`."""
-        return self._layer(layer)[0].get(index)
+        return self._layer(layer).linears.get(index)
 
     def norm(self, layer: int, index: int) -> Tensor | None:
         """The weight of a norm, by its index in `BaseLayout.norms`, where it has its own."""
-        return self._layer(layer)[1].get(index)
+        return self._layer(layer).norms.get(index)
 
     @property
     def final_norm(self) -> Tensor | None:
@@ -65,11 +62,11 @@ class PoolAdapter:
 
     @property
     def embedding(self) -> EmbeddingDeltas | None:
-        return self._of_tokens()[0]
+        return self._of_tokens().embedding
 
     @property
     def head(self) -> HeadDeltas | None:
-        return self._of_tokens()[1]
+        return self._of_tokens().head
 
     def _write(self, layer: int, data: Tensor, pages: Sequence[int]) -> None:
         if self._in_one_run:
@@ -87,23 +84,19 @@ class PoolAdapter:
             return self._storage[layer, self._first : stop].view(-1)
         return self._storage[layer].index_select(0, self._pages).view(-1)
 
-    def _layer(self, layer: int) -> BoundLayer:
-        if layer not in self._bound:
-            # Scattered pages: only the layer at hand is kept.
-            self._bound = {layer: self._bind(layer)}
-        return self._bound[layer]
+    def _in_pool(self, layer: int) -> PackedLayer:
+        return PackedLayer(self._data(layer), self._deltas[layer])
 
-    def _bind(self, layer: int) -> BoundLayer:
-        data, deltas = self._data(layer), self._deltas[layer]
-        return bind_linears(deltas, data, self._dtype, self._kernels), bind_norms(deltas, data)
+    def _layer(self, layer: int) -> LayerDeltas:
+        if layer not in self._layers:
+            self._layers = {layer: self._bind(layer)}
+        return self._layers[layer]
 
-    def _of_tokens(self) -> BoundTokens:
-        # Scattered pages: nothing is kept.
-        return self._tokens or self._bind_tokens()
+    def _bind(self, layer: int) -> LayerDeltas:
+        return bind_layer(self._in_pool(layer), self._dtype, self._kernels)
 
-    def _bind_tokens(self) -> BoundTokens:
-        if not self._changes_tokens:
-            return None, None
-        layers = [(deltas, self._data(layer)) for layer, deltas in enumerate(self._deltas)]
-        embedding = bind_embedding(layers, self._dtype, self._kernels)
-        return embedding, bind_head(layers, self._dtype, self._kernels)
+    def _of_tokens(self) -> TokenDeltas:
+        if self._tokens is not None:
+            return self._tokens
+        layers = [self._in_pool(layer) for layer in range(len(self._deltas))]
+        return bind_tokens(layers, self._dtype, self._kernels)

@@ -80,6 +80,8 @@ class _Entry(Generic[Packed, Bound]):
     size: AdapterPages = field(default_factory=AdapterPages)
     pages: list[int] = field(default_factory=list)
     bound: Bound | None = None
+    # Seconds to have it back, where its bytes do not tell: virtual tokens may be computed.
+    cost: float | None = None
     # Sequences that run with it, and a pin; idle when 0.
     users: int = 0
     uses: int = 0
@@ -194,7 +196,7 @@ class Residency(Generic[Packed, Bound]):
         entry = self._entries[ref]
         entry.users -= 1
         if not entry.users:
-            cost = self._costs.load_seconds(entry.nbytes)
+            cost = self._costs.load_seconds(entry.nbytes) if entry.cost is None else entry.cost
             self._pool.retire(ref, entry.pages, cost, entry.uses, lambda: self._forget(ref))
             if entry.doomed:
                 self._pool.evict(ref)
@@ -280,7 +282,11 @@ class Residency(Generic[Packed, Bound]):
         entry.pages = weights + self._pool.allocate(entry.size.prefix)
         began = time.perf_counter()
         entry.bound = self._bind(packed, entry.pages)
-        self._costs.observe_load(max(1, packed.nbytes), time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if entry.size.prefix:
+            entry.cost = seconds
+        else:
+            self._costs.observe_load(max(1, packed.nbytes), seconds)
         entry.packed = None
         entry.state = ResidencyState.RESIDENT
         self.num_loads += 1

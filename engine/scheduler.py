@@ -60,6 +60,11 @@ class Scheduler:
         self.num_preemptions = 0
         self._failures: list[Failure] = []
 
+    @property
+    def max_positions(self) -> int:
+        """The model's context window, virtual tokens of adapters included."""
+        return self._limits.max_positions
+
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 

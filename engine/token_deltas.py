@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polydelta.adapters_store.packed import (
+from polydelta.adapters_store.packed import PackedLayer
+from polydelta.adapters_store.packed_deltas import (
     EMBEDDING_LINEAR,
     HEAD_LINEAR,
     PackedBias,
@@ -20,15 +21,11 @@ from polydelta.adapters_store.packed import (
     PackedTokenExpand,
     PackedTokenRows,
     PackedTokenShrink,
-    matrix_view,
-    vector_view,
 )
+from polydelta.adapters_store.packed_tensors import matrix_view, vector_view
 from polydelta.engine.linear_deltas import LinearDeltas
 from polydelta.kernels.delta_weights import LowRankBlock, LowRankWeights
 from polydelta.kernels.ops import Kernels, Linear
-
-# A layer's deltas and its bytes in the pool.
-Layer = tuple[Sequence[PackedDelta], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +103,21 @@ class HeadDeltas:
         self.linear.apply(logits, hidden, weight, base)
 
 
-def bind_embedding(
-    layers: Sequence[Layer], dtype: torch.dtype, kernels: Kernels
+@dataclass(frozen=True, eq=False)
+class TokenDeltas:
+    """None where the adapter does not change it."""
+
+    embedding: EmbeddingDeltas | None = None
+    head: HeadDeltas | None = None
+
+
+def bind_tokens(layers: Sequence[PackedLayer], dtype: torch.dtype, kernels: Kernels) -> TokenDeltas:
+    """layers: all, their bytes in the pool; dtype: the adapter's."""
+    return TokenDeltas(_bind_embedding(layers, dtype, kernels), _bind_head(layers, dtype, kernels))
+
+
+def _bind_embedding(
+    layers: Sequence[PackedLayer], dtype: torch.dtype, kernels: Kernels
 ) -> EmbeddingDeltas:
     pieces, b_t = [], None
     for delta, data in _each(layers):
@@ -123,7 +133,7 @@ def bind_embedding(
     )
 
 
-def bind_head(layers: Sequence[Layer], dtype: torch.dtype, kernels: Kernels) -> HeadDeltas:
+def _bind_head(layers: Sequence[PackedLayer], dtype: torch.dtype, kernels: Kernels) -> HeadDeltas:
     linear = _vectors(layers, HEAD_LINEAR, dtype, kernels)
     a, blocks = None, []
     for delta, data in _each(layers):
@@ -139,7 +149,7 @@ def bind_head(layers: Sequence[Layer], dtype: torch.dtype, kernels: Kernels) -> 
 
 
 def changes_tokens(deltas: Sequence[Sequence[PackedDelta]]) -> bool:
-    """Whether an adapter with these layers has anything for `bind_embedding` or `bind_head`."""
+    """Whether an adapter with these layers has anything for `bind_tokens`."""
     of_tokens = PackedTokenRows | PackedHeadShrink | PackedTokenExpand
     return any(
         isinstance(delta, of_tokens) or getattr(delta, "linear", 0) < 0
@@ -148,14 +158,15 @@ def changes_tokens(deltas: Sequence[Sequence[PackedDelta]]) -> bool:
     )
 
 
-def _each(layers: Sequence[Layer]) -> Iterator[tuple[PackedDelta, Tensor]]:
-    for deltas, data in layers:
-        for delta in deltas:
-            yield delta, data
+def _each(layers: Sequence[PackedLayer]) -> Iterator[tuple[PackedDelta, Tensor]]:
+    """Each delta, with its layer's bytes."""
+    for layer in layers:
+        for delta in layer.deltas:
+            yield delta, layer.data
 
 
 def _vectors(
-    layers: Sequence[Layer], linear: int, dtype: torch.dtype, kernels: Kernels
+    layers: Sequence[PackedLayer], linear: int, dtype: torch.dtype, kernels: Kernels
 ) -> LinearDeltas:
     """Scales and biases."""
     bound = LinearDeltas()
@@ -165,7 +176,9 @@ def _vectors(
     return bound
 
 
-def _replaced_rows(layers: Sequence[Layer], linear: int, dtype: torch.dtype) -> ReplacedRows | None:
+def _replaced_rows(
+    layers: Sequence[PackedLayer], linear: int, dtype: torch.dtype
+) -> ReplacedRows | None:
     ids, pieces = [], []
     for delta, data in _each(layers):
         if isinstance(delta, PackedTokenRows) and delta.linear == linear:

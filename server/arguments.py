@@ -29,9 +29,7 @@ def _free(folder: Path) -> Path:
 Adapter = Annotated[str, typer.Argument(help="An adapter's folder, or its id.")]
 OutFolder = Annotated[
     Path,
-    typer.Argument(
-        metavar="OUT_FOLDER", help="New folder; not there or empty.", callback=_free
-    ),
+    typer.Argument(metavar="OUT_FOLDER", help="New folder; not there or empty.", callback=_free),
 ]
 BaseModel = Annotated[
     str | None,

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ByteSize
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.server import options
+from polydelta.server.arguments import Adapter, BaseModel
+from polydelta.server.base_models import open_base
 from polydelta.server.cli_convert import convert
 from polydelta.server.cli_distill import distill_delta
 from polydelta.server.cli_formats import formats
@@ -21,6 +23,7 @@ from polydelta.server.cli_import import imports
 from polydelta.server.cli_merge import merge
 from polydelta.server.cli_push import push
 from polydelta.server.cli_quantize import quantize
+from polydelta.server.facts import facts_table, human_size
 from polydelta.server.settings import load_settings
 from polydelta.server.stores import find_adapter, open_store
 
@@ -73,24 +76,18 @@ def list_adapters(
     if folders:
         for ref in FolderCatalog(settings.adapters).list():
             summary = inspect(ref.path)
-            table.add_row(*_cells(summary), _verdict(summary.problem))
+            table.add_row(*map(escape, _cells(summary)), _verdict(summary.problem))
     else:
         with closing(open_store(settings)) as opened:
             for record in AdapterListing(opened).all():
-                table.add_row(*_record_cells(record), _verdict(record.problem))
+                table.add_row(*map(escape, _record_cells(record)), _verdict(record.problem))
     Console().print(table)
 
 
 @adapters.command("inspect")
 def inspect_adapter(
-    adapter: Annotated[str, typer.Argument(help="An adapter's folder, or its id.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Base model to check it against; without it, the one that `serve` would take.",
-            metavar="PATH|HUB_ID",
-        ),
-    ] = None,
+    adapter: Adapter,
+    model: BaseModel = None,
     store: options.Store = None,
 ) -> None:
     """Show one adapter: kind, rank, modules, bytes, digest, and what would refuse it.
@@ -108,22 +105,19 @@ def inspect_adapter(
     what was uploaded as version 3
     """
     from polydelta.adapters_store.inspection import inspect
-    from polydelta.engine.build import torch_dtype
-    from polydelta.engine.models.base_weights import checkpoint_layout
-    from polydelta.engine.models.checkpoint import open_checkpoint
 
     settings = load_settings(model=model, store=store)
     ref = find_adapter(adapter, settings)
-    base = open_checkpoint(settings.model)
-    summary = inspect(ref.path, checkpoint_layout(base, torch_dtype(settings.dtype)))
-    facts = Table.grid(padding=(0, 2))
-    for name, cell in zip(COLUMNS, _cells(summary), strict=True):
-        facts.add_row(name, cell)
-    for name, count in summary.modules_by_name.items():
-        facts.add_row("", f"{escape(name)}: {count}")
-    facts.add_row("digest", summary.digest)
-    facts.add_row(f"can be served by {escape(base.id)}", _verdict(summary.problem))
-    Console().print(facts)
+    base, layout = open_base(settings.model, settings.dtype)
+    summary = inspect(ref.path, layout)
+    counts = (f"{name}: {count}" for name, count in summary.modules_by_name.items())
+    facts: dict[str, str | Text] = {
+        **dict(zip(COLUMNS, _cells(summary), strict=True)),
+        "": "\n".join(counts),
+        "digest": summary.digest,
+        f"can be served by {base.id}": _verdict(summary.problem),
+    }
+    Console().print(facts_table(facts))
     if summary.problem:
         raise typer.Exit(1)
 
@@ -131,11 +125,11 @@ def inspect_adapter(
 def _cells(summary: AdapterSummary) -> tuple[str, ...]:
     """An adapter as text, in the order of COLUMNS."""
     return (
-        escape(summary.id),
+        summary.id,
         summary.format,
         ", ".join(summary.kinds),
         ", ".join(str(rank) for rank in summary.ranks),
-        ByteSize(summary.bytes).human_readable(),
+        human_size(summary.bytes),
         str(summary.modules),
     )
 
@@ -144,14 +138,14 @@ def _record_cells(record: AdapterRecord) -> tuple[str, ...]:
     """A version in the store or in a folder as text, in the order of COLUMNS."""
     facts = record.facts
     return (
-        escape(record.name),
+        record.name,
         facts.format,
         ", ".join(facts.kinds),
         str(facts.rank or ""),
-        ByteSize(facts.nbytes).human_readable(),
+        human_size(facts.nbytes),
         str(facts.modules),
     )
 
 
-def _verdict(problem: str | None) -> str:
-    return f"[red]no: {escape(problem)}[/red]" if problem else "[green]yes[/green]"
+def _verdict(problem: str | None) -> Text:
+    return Text(f"no: {problem}", "red") if problem else Text("yes", "green")

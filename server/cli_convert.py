@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ByteSize
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.server import options
-from polydelta.server.cli_merge import Dtype
+from polydelta.server.arguments import Adapter, BaseModel, Dtype, OutFolder
+from polydelta.server.base_models import open_base, told_base
+from polydelta.server.facts import facts_table, human_size, truncation_error
 from polydelta.server.progress_bar import progress_bar
 from polydelta.server.settings import ServerSettings, SettingsError, load_settings
 from polydelta.server.stores import find_adapter
@@ -32,10 +32,8 @@ class Target(StrEnum):
 
 
 def convert(
-    adapter: Annotated[str, typer.Argument(help="An adapter's folder, or its id.")],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT_FOLDER", help="New folder; not there or empty.")
-    ],
+    adapter: Adapter,
+    out: OutFolder,
     to: Annotated[
         Target, typer.Option("--to", help="A PEFT LoRA, or a merged Hugging Face model.")
     ] = Target.LORA,
@@ -55,13 +53,7 @@ def convert(
             " that it is served in."
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Base model of the adapter; without it, the one that `serve` would take.",
-            metavar="PATH|HUB_ID",
-        ),
-    ] = None,
+    model: BaseModel = None,
     store: options.Store = None,
 ) -> None:
     """Write an adapter of any kind as a LoRA, or merged into its base model.
@@ -108,25 +100,16 @@ def _to_lora(
 
     from polydelta.adapters_store.converting import to_low_rank
     from polydelta.adapters_store.formats import read_adapter
-    from polydelta.adapters_store.formats.adapter_folder import check_free
-    from polydelta.adapters_store.formats.files import read_config_bytes
-    from polydelta.adapters_store.formats.peft_config import parse_config
     from polydelta.adapters_store.formats.peft_writer import write_adapter
-    from polydelta.engine.build import torch_dtype
-    from polydelta.engine.models.base_weights import checkpoint_layout
-    from polydelta.engine.models.checkpoint import open_checkpoint
 
     truncation = _truncation(rank, energy)
-    # Before the work: a taken name should not cost the wait.
-    check_free(out)
-    base = open_checkpoint(settings.model)
-    layout = checkpoint_layout(base, torch_dtype(settings.dtype))
+    base, layout = open_base(settings.model, settings.dtype)
     adapter = read_adapter(ref, layout)
     with progress_bar("converting") as progress:
         converted = to_low_rank(adapter, layout, truncation, progress)
-    told = parse_config(read_config_bytes(ref.path)).get("base_model_name_or_path")
-    base_name = str(told or settings.model or base.id)
+    base_name = told_base([ref]) or settings.model or base.id
     write_adapter(out, converted.modules, base_name, getattr(torch, dtype))
+    changes = {name: module.change for name, module in converted.by_module.items()}
     return _facts(
         out,
         {
@@ -134,7 +117,7 @@ def _to_lora(
             "format": f"LORA in {dtype}",
             "modules": str(len(converted.by_module)),
             "ranks": _ranks(converted),
-            "error": _error(converted),
+            "error": truncation_error(converted.error, changes),
         },
     )
 
@@ -144,20 +127,14 @@ def _to_model(ref: AdapterRef, out: Path, settings: ServerSettings, dtype: Dtype
     import torch
 
     from polydelta.adapters_store.formats import read_adapter
-    from polydelta.adapters_store.formats.adapter_folder import check_free
     from polydelta.adapters_store.merged_model import MergedModel
-    from polydelta.engine.models.base_weights import checkpoint_layout
-    from polydelta.engine.models.checkpoint import open_checkpoint
     from polydelta.engine.models.hf_writer import write_model
 
-    check_free(out)
-    base = open_checkpoint(settings.model)
-    file_dtype = getattr(torch, dtype)
-    layout = checkpoint_layout(base, file_dtype)
+    base, layout = open_base(settings.model, dtype)
     adapter = read_adapter(ref, layout)
     merged = MergedModel(adapter, layout)
     with progress_bar("converting") as progress:
-        write_model(out, merged, base, file_dtype, progress)
+        write_model(out, merged, base, getattr(torch, dtype), progress)
     untied = layout.tied and not merged.tied
     return _facts(
         out,
@@ -180,28 +157,12 @@ def _truncation(rank: int | None, energy: float | None) -> Truncation | None:
 
 def _facts(out: Path, rows: dict[str, str]) -> Table:
     """What was written, for people."""
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("folder", escape(str(out)))
-    for name, value in rows.items():
-        facts.add_row(name, escape(value))
     size = sum(file.stat().st_size for file in out.iterdir())
-    facts.add_row("size", ByteSize(size).human_readable())
-    return facts
+    return facts_table({"folder": str(out), **rows, "size": human_size(size)})
 
 
 def _ranks(converted: ConvertedAdapter) -> str:
-    ranks = sorted({module.change.low_rank.rank for module in converted.by_module.values()})
+    ranks = sorted({module.change.delta.rank for module in converted.by_module.values()})
     if len(ranks) > 8:
         return f"{ranks[0]} to {ranks[-1]}"
     return ", ".join(str(rank) for rank in ranks)
-
-
-def _error(converted: ConvertedAdapter) -> str:
-    """What the ranks leave out; rounding to the file's number format comes on top."""
-    errors = {name: module.change.error for name, module in converted.by_module.items()}
-    if not any(module.change.norm for module in converted.by_module.values()):
-        return "none: exact but for rounding"
-    worst = max(errors, key=errors.__getitem__)
-    return (
-        f"{converted.error:.2%} of the change is beyond the ranks ({errors[worst]:.2%} in {worst})"
-    )

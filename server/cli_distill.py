@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ByteSize
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from polydelta.server.cli_import import CutVocabulary, Out, kept_whole, open_pair
-from polydelta.server.cli_merge import Dtype
+from polydelta.server.arguments import Dtype, OutFolder
+from polydelta.server.cli_import import CutVocabulary, kept_whole, open_pair
+from polydelta.server.facts import facts_table, human_size
 from polydelta.server.progress_bar import progress_bar
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def distill_delta(
     tuned: Annotated[
         str, typer.Argument(metavar="TUNED", help="A full fine-tune of it, named likewise.")
     ],
-    out: Out,
+    out: OutFolder,
     dtype: Annotated[
         Dtype, typer.Option(help="Number format of the embedding and the head, where they differ.")
     ] = Dtype.BFLOAT16,
@@ -55,10 +54,7 @@ def distill_delta(
     import torch
 
     from polydelta.adapters_store.distilling import distill
-    from polydelta.adapters_store.formats.adapter_folder import check_free
 
-    # Before the work: a taken name should not cost the wait.
-    check_free(out)
     _, layout, tuned_layout = open_pair(base, tuned)
     with progress_bar("distilling") as report:
         distilled = distill(layout, tuned_layout, getattr(torch, dtype), cut_vocabulary, report)
@@ -72,14 +68,15 @@ def _facts(out: Path, distilled: Distilled, tuned: BaseLayout) -> Table:
     from polydelta.adapters_store.inspection import inspect
 
     full, delta = 2 * num_weights(tuned), inspect(out).bytes
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("folder", escape(str(out)))
-    facts.add_row("tuned model in 16 bits", ByteSize(full).human_readable())
-    facts.add_row("delta", f"{ByteSize(delta).human_readable()}, {full / delta:.1f} times smaller")
-    facts.add_row("linear layers", str(len(distilled.adapter.modules)))
-    facts.add_row("kept whole", kept_whole(distilled.adapter))
+    facts = {
+        "folder": str(out),
+        "tuned model in 16 bits": human_size(full),
+        "delta": f"{human_size(delta)}, {full / delta:.1f} times smaller",
+        "linear layers": str(len(distilled.adapter.modules)),
+        "kept whole": kept_whole(distilled.adapter),
+    }
     if errors := distilled.errors:
-        worst = max(errors, key=lambda module: errors[module])
-        facts.add_row("mean error", f"{distilled.mean_error:.2%} of a layer's change")
-        facts.add_row("worst layer", f"{escape(worst)}: {errors[worst]:.2%}")
-    return facts
+        worst = max(errors, key=errors.__getitem__)
+        facts["mean error"] = f"{distilled.mean_error:.2%} of a layer's change"
+        facts["worst layer"] = f"{worst}: {errors[worst]:.2%}"
+    return facts_table(facts)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ByteSize
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from polydelta.server.arguments import BaseModel, OutFolder
+from polydelta.server.base_models import open_base
+from polydelta.server.facts import facts_table, human_size
 from polydelta.server.progress_bar import progress_bar
 from polydelta.server.settings import load_settings
 
@@ -20,16 +20,6 @@ if TYPE_CHECKING:
     from polydelta.adapters_store.importing.new_adapter import NewAdapter
     from polydelta.engine.models.checkpoint import Checkpoint
 
-Out = Annotated[
-    Path, typer.Argument(metavar="OUT_FOLDER", help="New adapter's folder; not there or empty.")
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="Base model of the fine-tune; without it, the one that `serve` would take.",
-        metavar="PATH|HUB_ID",
-    ),
-]
 CutVocabulary = Annotated[
     bool,
     typer.Option(
@@ -56,8 +46,8 @@ def from_s2ft(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="The tuned model: a folder or a hub id.")
     ],
-    out: Out,
-    model: Model = None,
+    out: OutFolder,
+    model: BaseModel = None,
     cut_vocabulary: CutVocabulary = False,
 ) -> None:
     """Import a model tuned with S2FT, which saves it whole and with its channels in another order.
@@ -72,7 +62,7 @@ def from_s2ft(
     what its training script has saved, less the tokens that it appends for padding
     """
     settings = load_settings(model=model)
-    _check_free(out)
+    # Here and not above: `polydelta --help` must not wait for torch.
     from polydelta.adapters_store.importing.s2ft_checkpoint import import_s2ft
 
     base, layout, tuned = open_pair(settings.model, source)
@@ -87,8 +77,8 @@ def from_sft(
         Path,
         typer.Argument(metavar="SOURCE", help="pytorch_diff.bin, or the folder that it is in."),
     ],
-    out: Out,
-    model: Model = None,
+    out: OutFolder,
+    model: BaseModel = None,
 ) -> None:
     """Import a composable sparse fine-tuning (cambridgeltl/composable-sft), exactly.
 
@@ -99,10 +89,11 @@ def from_sft(
     [cyan]polydelta adapters import sft ./task-sft ./adapters/task --model ./base[/cyan]
     """
     settings = load_settings(model=model)
-    _check_free(out)
+    # Here and not above: `polydelta --help` must not wait for torch.
     from polydelta.adapters_store.importing.sft_file import import_sft
 
-    base, layout = _open_base(settings.model)
+    # The weights as they are stored.
+    base, layout = open_base(settings.model, "float32")
     _write(import_sft(source, layout), out, settings.model or base.id)
 
 
@@ -111,8 +102,8 @@ def from_bitdelta(
     source: Annotated[
         Path, typer.Argument(metavar="SOURCE", help="The diff.pt that BitDelta's code has saved.")
     ],
-    out: Out,
-    model: Model = None,
+    out: OutFolder,
+    model: BaseModel = None,
     cut_vocabulary: CutVocabulary = False,
 ) -> None:
     """Import a BitDelta (FasterDecoding/BitDelta), with the scales that were distilled.
@@ -124,10 +115,11 @@ def from_bitdelta(
     [cyan]polydelta adapters import bitdelta ./diff.pt ./adapters/chat --model ./base[/cyan]
     """
     settings = load_settings(model=model)
-    _check_free(out)
+    # Here and not above: `polydelta --help` must not wait for torch.
     from polydelta.adapters_store.importing.bitdelta_file import import_bitdelta
 
-    base, layout = _open_base(settings.model)
+    # The weights as they are stored.
+    base, layout = open_base(settings.model, "float32")
     _write(import_bitdelta(source, layout, cut_vocabulary), out, settings.model or base.id)
 
 
@@ -145,26 +137,7 @@ def open_pair(base: str | None, tuned: str) -> tuple[Checkpoint, BaseLayout, Bas
 def kept_whole(adapter: NewAdapter) -> str:
     """The modules that an adapter replaces, by the last part of their names."""
     counts = Counter(module.rpartition(".")[2] for module in adapter.replaced)
-    return ", ".join(f"{escape(name)}: {count}" for name, count in counts.items()) or "nothing"
-
-
-def _open_base(model: str | None) -> tuple[Checkpoint, BaseLayout]:
-    """The base, and its layout with the weights as they are stored. Raises ModelError."""
-    import torch
-
-    from polydelta.engine.models.base_weights import checkpoint_layout
-    from polydelta.engine.models.checkpoint import open_checkpoint
-
-    base = open_checkpoint(model)
-    return base, checkpoint_layout(base, torch.float32)
-
-
-def _check_free(out: Path) -> None:
-    """Before the work: a taken name should not cost the wait. Raises StoreError."""
-    # Here and not above: `polydelta --help` must not wait for torch.
-    from polydelta.adapters_store.formats.adapter_folder import check_free
-
-    check_free(out)
+    return ", ".join(f"{name}: {count}" for name, count in counts.items()) or "nothing"
 
 
 def _write(adapter: NewAdapter, out: Path, base_name: str) -> None:
@@ -173,10 +146,11 @@ def _write(adapter: NewAdapter, out: Path, base_name: str) -> None:
 
     adapter.write(out, base_name)
     summary = inspect(out)
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("folder", escape(str(out)))
-    facts.add_row("format", summary.format)
-    facts.add_row("linear layers", str(len(adapter.modules)))
-    facts.add_row("kept whole", kept_whole(adapter))
-    facts.add_row("size", ByteSize(summary.bytes).human_readable())
-    Console().print(facts)
+    facts = {
+        "folder": str(out),
+        "format": summary.format,
+        "linear layers": str(len(adapter.modules)),
+        "kept whole": kept_whole(adapter),
+        "size": human_size(summary.bytes),
+    }
+    Console().print(facts_table(facts))

@@ -16,7 +16,7 @@ from polydelta.adapters_store.reference import AdapterRef
 from polydelta.server import options
 from polydelta.server.arguments import BaseModel, Dtype, OutFolder
 from polydelta.server.base_models import open_base, told_base
-from polydelta.server.facts import facts_table, human_size
+from polydelta.server.facts import facts_table, human_size, truncation_error
 from polydelta.server.progress_bar import progress_bar
 from polydelta.server.settings import ServerSettings, SettingsError, load_settings
 from polydelta.server.stores import find_adapter
@@ -93,9 +93,9 @@ def merge(
     from polydelta.adapters_store.merging import merge as merge_adapters
 
     base, layout = open_base(settings.model, settings.dtype)
-    sources = [(_read(ref, layout), weight) for ref, weight in refs]
+    adapters = [(_read(ref, layout), weight) for ref, weight in refs]
     with progress_bar("merging") as progress:
-        merged = merge_adapters(sources, recipe, progress)
+        merged = merge_adapters(adapters, recipe, progress)
     base_name = told_base(ref for ref, _ in refs) or settings.model or base.id
     write_adapter(out, merged.modules, base_name, getattr(torch, dtype))
     Console().print(_facts(out, merged, recipe, dtype))
@@ -142,7 +142,7 @@ def _facts(out: Path, merged: MergedAdapter, recipe: MergeRecipe, dtype: Dtype) 
             "modules": str(summary.modules),
             **({"ranks": ranks} if ranks else {}),
             "size": human_size(summary.bytes),
-            "error": _error(merged),
+            "error": truncation_error(merged.error, merged.by_module),
         }
     )
 
@@ -152,14 +152,3 @@ def _described(recipe: MergeRecipe) -> str:
     seed = f", seed {recipe.seed}" if recipe.method.draws else ""
     election = f", election by {recipe.election}" if recipe.method.elects else ""
     return f"{recipe.method}{density}{election}{seed}"
-
-
-def _error(merged: MergedAdapter) -> str:
-    """What the rank leaves out; rounding to the file's number format comes on top."""
-    if not any(module.norm for module in merged.by_module.values()):
-        return "none: exact but for rounding"
-    worst = max(merged.by_module, key=lambda name: merged.by_module[name].error)
-    return (
-        f"{merged.error:.2%} of the change is beyond the rank"
-        f" ({merged.by_module[worst].error:.2%} in {worst})"
-    )

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ByteSize
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.server import options
+from polydelta.server.arguments import Adapter, BaseModel, OutFolder
+from polydelta.server.facts import facts_table, human_size
 from polydelta.server.loading import load_engine
 from polydelta.server.settings import ServerSettings, load_settings
 from polydelta.server.stores import find_adapter
@@ -26,10 +26,8 @@ TEXT = 'The meeting is on 14 March at half past nine.\n{"name": "kettle", "price
 
 
 def quantize(
-    adapter: Annotated[str, typer.Argument(help="An adapter's folder, or its id.")],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT_FOLDER", help="New adapter's folder; not there or empty.")
-    ],
+    adapter: Adapter,
+    out: OutFolder,
     bits: Annotated[int, typer.Option(help="For each number: 8, 4 or 1.", metavar="8|4|1")],
     group_size: Annotated[
         int, typer.Option(min=1, help="Numbers that share a scale, which takes 16 bits.")
@@ -37,13 +35,7 @@ def quantize(
     drift: Annotated[
         bool, typer.Option("--drift/--no-drift", help="Compare the answers of both adapters.")
     ] = True,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Base model to compare over; without it, the one that `serve` would take.",
-            metavar="PATH|HUB_ID",
-        ),
-    ] = None,
+    model: BaseModel = None,
     store: options.Store = None,
 ) -> None:
     """Store an adapter of any format in 8, 4 or 1 bits for each number.
@@ -66,7 +58,7 @@ def quantize(
     settings = load_settings(model=model, store=store, dtype="float32")
     ref = find_adapter(adapter, settings)
     # Here and not above: `polydelta --help` must not wait for torch.
-    from polydelta.adapters_store.formats.adapter_folder import check_free, write_folder
+    from polydelta.adapters_store.formats.adapter_folder import write_folder
     from polydelta.adapters_store.formats.files import (
         parse_weights,
         read_config_bytes,
@@ -77,8 +69,6 @@ def quantize(
     from polydelta.adapters_store.formats.quantized import dequantised
     from polydelta.adapters_store.quantizing import quantize as quantized
 
-    # Before the work: a taken name should not cost the wait.
-    check_free(out)
     config, tensors = dequantised(
         parse_config(read_config_bytes(ref.path)), parse_weights(read_weights_bytes(ref.path))
     )
@@ -97,12 +87,14 @@ def _sizes(before: Path, after: Path, bits: int, group_size: int) -> Table:
     from polydelta.adapters_store.inspection import inspect
 
     old, new = inspect(before).bytes, inspect(after).bytes
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("folder", escape(str(after)))
-    facts.add_row("stored in", f"{bits} bits, a scale for each {group_size}")
-    facts.add_row("before", ByteSize(old).human_readable())
-    facts.add_row("after", f"{ByteSize(new).human_readable()}, {old / new:.2f} times smaller")
-    return facts
+    return facts_table(
+        {
+            "folder": str(after),
+            "stored in": f"{bits} bits, a scale for each {group_size}",
+            "before": human_size(old),
+            "after": f"{human_size(new)}, {old / new:.2f} times smaller",
+        }
+    )
 
 
 def _drift(ref: AdapterRef, out: Path, settings: ServerSettings) -> Table:

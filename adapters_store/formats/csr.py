@@ -1,4 +1,4 @@
-"""From entries in any order to the CSR form of a sparse delta."""
+"""From entries in any order, or a matrix, to the CSR form of a sparse delta."""
 
 from __future__ import annotations
 
@@ -33,3 +33,15 @@ def sparse_from_entries(
     row_pointers = torch.zeros(shape[0] + 1, dtype=torch.int32)
     row_pointers[1:] = rows.bincount(minlength=shape[0]).cumsum(0)
     return Sparse(shape, row_pointers, columns[order].to(torch.int32), values[order])
+
+
+def sparse_from_matrix(matrix: Tensor) -> Sparse:
+    """matrix: `[out, in]` float32, of which the entries that are not 0 stay."""
+    # Row by row: the places of all at once take four times what is made of them.
+    columns = [row.nonzero().squeeze(1).to(torch.int32) for row in matrix]
+    values = [row[places] for row, places in zip(matrix, columns, strict=True)]
+    row_pointers = torch.zeros(len(matrix) + 1, dtype=torch.int32)
+    row_pointers[1:] = torch.tensor([len(places) for places in columns]).cumsum(0)
+    return Sparse(
+        (matrix.shape[0], matrix.shape[1]), row_pointers, torch.cat(columns), torch.cat(values)
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from polydelta.adapters_store.formats.strict_json import parse_json
 from polydelta.adapters_store.reference import CONFIG_FILE
 
 Config = Mapping[str, Any]
+
+# Above all sizes, and far below those that no float holds.
+_MOST = 1 << 31
 
 MERGE_INSTEAD = "merge it into a base model of its own, or train without it"
 
@@ -48,26 +51,37 @@ class KeyRules:
             raise InvalidAdapterError(f"{CONFIG_FILE}: {shown} is {reprlib.repr(value)}; {reason}.")
 
 
-# Keys that every PEFT config has. Of `modules_to_save` the tensors' names say what was saved.
+# Keys that all configs, or many of them, have.
 COMMON_HARMLESS = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
         "inference_mode",
-        "modules_to_save",
         "peft_type",
         "peft_version",
         "revision",
-        "target_modules",
         "task_type",
+        # What was adapted, trained or saved; the tensors' names say it.
+        "bias",
+        "exclude_modules",
+        "layers_pattern",
+        "layers_to_transform",
+        "modules_to_save",
+        "target_modules",
+        # PEFT switches it off for layers that store weights as [out, in], as those here do.
+        "fan_in_fan_out",
     }
 )
-COMMON_REFUSED = {
-    "fan_in_fan_out": (
-        "it is for bases that store weights as [in, out], such as GPT-2, and this one stores them "
-        "as [out, in]: train the adapter on the base that is served"
-    ),
-}
+
+
+def key_rules(
+    honoured: Collection[str] = (),
+    harmless: Collection[str] = (),
+    refused: Mapping[str, str] | None = None,
+) -> KeyRules:
+    """The rules for a whole config, with those for its common keys; `honoured` goes before them."""
+    own = frozenset(honoured)
+    return KeyRules(own, (COMMON_HARMLESS | frozenset(harmless)) - own, refused or {})
 
 
 def parse_config(content: bytes) -> dict[str, Any]:
@@ -86,9 +100,9 @@ def parse_config(content: bytes) -> dict[str, Any]:
 
 
 def positive_int(field: str, value: object) -> int:
-    """Raises InvalidAdapterError for anything but an integer above 0."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _wrong(field, value, "a whole number above 0")
+    """Raises InvalidAdapterError for anything but an integer above 0 and below 2**31."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _MOST:
+        raise _wrong(field, value, f"a whole number above 0 and below {_MOST}")
     return value
 
 
@@ -129,10 +143,12 @@ def strings(field: str, value: object) -> list[str]:
 
 def token_ids(field: str, value: object) -> list[int]:
     """None counts as empty. Raises InvalidAdapterError for anything but a list of integers that
-    are not negative."""
+    are not negative and below 2**31."""
     if value is None:
         return []
-    if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+    if not isinstance(value, list) or not all(
+        type(item) is int and 0 <= item < _MOST for item in value
+    ):
         raise _wrong(field, value, "a list of token ids")
     return value
 

@@ -27,6 +27,8 @@ from polydelta.adapters_store.formats.peft_tensors import (
     check_shape,
     group,
 )
+from polydelta.adapters_store.formats.ranks import check_rank
+from polydelta.adapters_store.reference import CONFIG_FILE
 
 
 class ModuleShapes:
@@ -56,6 +58,11 @@ class ModuleShapes:
         """why: where the expected shape comes from. Raises InvalidAdapterError when it differs."""
         check_shape(self._names[parameter], self[parameter], expected, why)
 
+    def check_factors(self, a: str, b: str, rank: int, why: str) -> None:
+        """Of a low-rank change: a is `[rank, in]`, b `[out, rank]`. Raises InvalidAdapterError."""
+        self.check(a, (rank, *self[a][-1:]), why)
+        self.check(b, (*self[b][:1], rank), why)
+
     def need(self, *parameters: str) -> None:
         """Raises InvalidAdapterError for one that the file does not have for this module."""
         for parameter in parameters:
@@ -72,12 +79,15 @@ class ModuleTensors:
     def __init__(
         self,
         shapes: ModuleShapes,
-        names: Mapping[str, str],
+        names: ChainMap[str, str],
         tensors: Mapping[str, Tensor],
         layout: BaseLayout,
         modules: Sequence[str],
+        shared: dict[str, Tensor],
     ) -> None:
-        """names: parameter -> tensor name in the file; modules: see below."""
+        """names: as `group` gives them; modules: see below; shared: filled here, with the file's
+        shared tensors in float32: they may be large, and need not be converted for every module.
+        """
         self.shapes = shapes
         self.module = shapes.module
         self.layout = layout
@@ -85,6 +95,7 @@ class ModuleTensors:
         self.modules = modules
         self._names = names
         self._tensors = tensors
+        self._shared = shared
 
     @property
     def out_features(self) -> int:
@@ -99,7 +110,13 @@ class ModuleTensors:
 
     def __getitem__(self, parameter: str) -> Tensor:
         """In float32. Raises InvalidAdapterError for what is no float, or not finite."""
-        return to_float32(self._names[parameter], self._tensors[self._names[parameter]])
+        name = self._names[parameter]
+        if name in self._shared:
+            return self._shared[name]
+        values = to_float32(name, self._tensors[name])
+        if parameter in self._names.maps[1]:
+            self._shared[name] = values
+        return values
 
     def raw(self, parameter: str) -> Tensor:
         """In the file's dtype: for indices."""
@@ -122,6 +139,31 @@ class ModuleTensors:
     def check(self, parameter: str, expected: Shape) -> None:
         """Raises InvalidAdapterError when it does not fit the base model's layer."""
         self.shapes.check(parameter, expected, "the base model's layer")
+
+    def check_factors(self, a: str, b: str, rank: int) -> None:
+        """As `ModuleShapes.check_factors`, for the base model's layer."""
+        self.check(a, (rank, self.in_features))
+        self.check(b, (self.out_features, rank))
+
+    def check_change(self, shape: tuple[int, int]) -> None:
+        """shape: of the change that the tensors make together. Raises InvalidAdapterError when it
+        is not the base model's layer's."""
+        expected = (self.out_features, self.in_features)
+        if shape != expected:
+            raise InvalidAdapterError(
+                f"The change of {self.module!r} has shape {list(shape)}, but the base model's "
+                f"layer has {list(expected)}: load it over the base that it was trained on."
+            )
+
+    def check_divides(self, field: str, parts: int) -> None:
+        """field: the config's key with the number of parts. Raises InvalidAdapterError when the
+        base model's layer cannot be cut into as many, by rows and by columns."""
+        if self.out_features % parts or self.in_features % parts:
+            raise InvalidAdapterError(
+                f"{CONFIG_FILE}: {field} is {parts}, which does not divide the base model's layer "
+                f"{self.module!r} of shape {[self.out_features, self.in_features]}: load the "
+                "adapter over the base that it was trained on."
+            )
 
     def weight(self) -> Tensor:
         """The base's weight of this module, `[out, in]` float32."""
@@ -172,14 +214,23 @@ class PeftFormat(Generic[S]):
         # The embedding is a model's first module, though not the first that a layout names.
         in_order = sorted(targets, key=lambda module: module != EMBEDDING)
         modules = [module for module in in_order if module in outline]
+        for module in modules:
+            if outline[module].rank:
+                check_rank(module, outline[module].rank, layout.target_shapes[module])
         tensors = {**tensors, **self.regenerate(settings, modules, layout)}
         shapes, names = _shapes(tensors), group(tensors, self.parameters)
         deltas: dict[str, tuple[Delta, ...]] = {}
+        shared: dict[str, Tensor] = {}
         for module in modules:
-            of_module = ModuleShapes(module, names[module], shapes)
-            deltas[module] = self.read_module(
-                settings, ModuleTensors(of_module, names[module], tensors, layout, modules)
+            of_module = ModuleTensors(
+                ModuleShapes(module, names[module], shapes),
+                names[module],
+                tensors,
+                layout,
+                modules,
+                shared,
             )
+            deltas[module] = self.read_module(settings, of_module)
             check_finite(module, deltas[module])
         return deltas
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 from polydelta.adapters_store.base_layout import EMBEDDING, BaseLayout
 from polydelta.adapters_store.errors import InvalidAdapterError
-from polydelta.adapters_store.formats.peft_config import Config
+from polydelta.adapters_store.formats.peft_config import Config, mapping, number, positive_int
 from polydelta.adapters_store.formats.peft_format import ModuleShapes
+from polydelta.adapters_store.formats.peft_patterns import PatternTable
 from polydelta.adapters_store.reference import CONFIG_FILE
 
-# Which modules were adapted; the tensors' names say it.
-MODULE_CHOICE = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
+# Our own key: PEFT is told the task with each call, and an adapter that is served is one task's.
+TASK = "polydelta_task_id"
 
 # What a generator of random numbers takes.
 _SEEDS = range(-(1 << 63), 1 << 64)
@@ -38,13 +39,35 @@ def seed(field: str, value: object) -> int:
     return value
 
 
-def refuse_trained_biases(config: Config) -> None:
-    """Raises InvalidAdapterError when `bias` says that biases of the base were trained too."""
-    if config.get("bias") not in (None, "none"):
+def task_id(field: str, config: Config) -> int:
+    """Which of its tasks an adapter is. field: the key with their number.
+
+    Raises InvalidAdapterError when the config does not say it, unless there is only one.
+    """
+    tasks, task = positive_int(field, config.get(field)), config.get(TASK)
+    if task is None and tasks == 1:
+        return 0
+    if not isinstance(task, int) or isinstance(task, bool) or not 0 <= task < tasks:
         raise InvalidAdapterError(
-            f"{CONFIG_FILE}: bias is {reprlib.repr(config['bias'])}; trained biases of the base "
-            "are not served yet: train with bias='none'."
+            f"{CONFIG_FILE}: {TASK} is {reprlib.repr(task)}, but must be one of the adapter's "
+            f"{tasks} tasks ({field}): add {TASK}, a number from 0 to {tasks - 1}; each task is an "
+            "adapter of its own."
         )
+    return task
+
+
+def rank_table(config: Config) -> PatternTable[int]:
+    """By module: r, or what rank_pattern says. Raises InvalidAdapterError."""
+    patterns = mapping("rank_pattern", config.get("rank_pattern"))
+    rank = positive_int("r", config.get("r"))
+    return PatternTable("rank_pattern", patterns, rank, positive_int)
+
+
+def alpha_table(field: str, config: Config) -> PatternTable[float]:
+    """By module: the field, or what alpha_pattern says. Raises InvalidAdapterError."""
+    patterns = mapping("alpha_pattern", config.get("alpha_pattern"))
+    alpha = number(field, config.get(field))
+    return PatternTable("alpha_pattern", patterns, alpha, number)
 
 
 def refuse_surplus(shapes: ModuleShapes, parameter: str, why: str) -> None:

@@ -1,13 +1,14 @@
 """`rank_pattern` and `alpha_pattern`: values for modules whose names match a regular expression.
 
 The expressions come with the adapter, and Python's matcher can take exponential time while it
-holds the interpreter's lock. So what each can cost is bounded before it is run.
+holds the interpreter's lock. So what each can cost is bounded before it is run. Lists of names come
+with the adapter too, and may be as long as its config can be.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Generic, TypeVar
 
 from polydelta.adapters_store.errors import InvalidAdapterError
@@ -31,6 +32,12 @@ NAME_LENGTH = 64
 _ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?:")
 _REPEAT = re.compile(r"[*+?{]\??")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
+
+
+def ends_in(name: str, endings: Container[str]) -> bool:
+    """Whether the name ends with one of them. There may be many thousands, and as many names: not
+    each is tried with each."""
+    return any(name[start:] in endings for start in range(len(name) + 1))
 
 
 class PatternTable(Generic[T]):

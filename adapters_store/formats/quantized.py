@@ -35,6 +35,9 @@ SCALE_SUFFIX = ".polydelta_scale"
 # Bits -> the largest code; that of 1 bit is its sign.
 LEVELS = {8: 127, 4: 7, 1: 1}
 
+# Elements that are unpacked at a time.
+_PIECE = 1 << 20
+
 _REPEAT = "quantise the adapter again with `polydelta adapters quantize`"
 
 
@@ -162,9 +165,13 @@ def _dequantised(name: str, tensors: Mapping[str, Tensor], how: Quantization) ->
             f"{_REPEAT}."
         )
     scales = to_float32(f"{name}{SCALE_SUFFIX}", tensors[f"{name}{SCALE_SUFFIX}"])
-    count = math.prod(shape)
-    values = unpacked_codes(packed, how.bits, count)
-    values *= scales.repeat_interleave(how.group_size)[:count]
+    values = torch.empty(math.prod(shape))
+    # In pieces: unpacked all at once, it takes five times what the values take.
+    for start, piece in enumerate(packed.split(_PIECE * how.bits // 8)):
+        places = range(start * _PIECE, min((start + 1) * _PIECE, len(values)))
+        codes = unpacked_codes(piece, how.bits, len(places))
+        groups = torch.arange(places.start, places.stop) // how.group_size
+        torch.mul(codes, scales[groups], out=values[places.start : places.stop])
     return values.view(shape)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.delta import Adapter
@@ -40,13 +43,16 @@ def read_adapter(ref: AdapterRef, layout: BaseLayout) -> Adapter:
             f"The files of adapter {ref.name!r} have changed since it was asked for: ask again for "
             f"{ref.id!r}."
         )
-    limit = _MOST * sum(map(math.prod, layout.target_shapes.values()))
-    config, tensors = dequantised(config, parse_weights(weights_bytes), limit)
-    modules = read_modules(parser, config, tensors, layout)
     digest = content_digest(config_bytes, weights_bytes)
     if ref.digest not in (None, digest):
         raise InvalidAdapterError(
             f"The files of adapter {ref.name!r} are not those that were uploaded: the disk has "
             "damaged them; upload them again."
         )
+    tensors: Mapping[str, Tensor] = parse_weights(weights_bytes)
+    # The tensors have memory of their own.
+    del weights_bytes
+    limit = _MOST * sum(map(math.prod, layout.target_shapes.values()))
+    config, tensors = dequantised(config, tensors, limit)
+    modules = read_modules(parser, config, tensors, layout)
     return Adapter(ref.id, ref.version, digest, name, modules)

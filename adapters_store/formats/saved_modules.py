@@ -10,6 +10,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.files import Shape, to_float32
 from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import Config, strings
+from polydelta.adapters_store.formats.peft_patterns import ends_in
 from polydelta.adapters_store.formats.peft_tensors import check_shape
 from polydelta.adapters_store.reference import CONFIG_FILE, WEIGHTS_FILE
 
@@ -122,10 +124,14 @@ class _LayoutBeneath(BaseLayout):
 class _Saves:
     """`modules_to_save`: ends of the names of modules, or of what they are part of."""
 
-    ends: list[str]
+    listed: list[str]
+
+    @cached_property
+    def _ends(self) -> frozenset[str]:
+        return frozenset(self.listed)
 
     def __contains__(self, module: str) -> bool:
-        return any(path.endswith(tuple(self.ends)) for path in _with_parents(module))
+        return any(ends_in(path, self._ends) for path in _with_parents(module))
 
     def check_complete(self, saved: Container[str], layout: BaseLayout) -> None:
         """saved: modules whose weight the file has. Raises InvalidAdapterError when one is missing
@@ -133,7 +139,7 @@ class _Saves:
         for module in _known(layout):
             if module in self and module not in saved:
                 raise InvalidAdapterError(
-                    f"{CONFIG_FILE}: modules_to_save is {reprlib.repr(self.ends)}, but "
+                    f"{CONFIG_FILE}: modules_to_save is {reprlib.repr(self.listed)}, but "
                     f"{WEIGHTS_FILE} has no weight of {module!r}: save the adapter again from the "
                     "trained model."
                 )

@@ -19,12 +19,7 @@ from polydelta.adapters_store.delta import Delta, TokenRows
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.files import Shape, to_float32
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    Config,
-    KeyRules,
-    token_ids,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules, token_ids
 from polydelta.adapters_store.formats.peft_tensors import check_shape, group_by_module
 from polydelta.adapters_store.reference import CONFIG_FILE, WEIGHTS_FILE
 
@@ -33,11 +28,10 @@ T = TypeVar("T")
 # Module -> the ids of its rows, in the order of the file's rows; modules without are not there.
 Ids = Mapping[str, list[int]]
 
-KEY_RULES = KeyRules(
-    honoured=frozenset({"token_indices"}),
+KEY_RULES = key_rules(
+    honoured={"token_indices"},
     # What the rows were started from.
-    harmless=COMMON_HARMLESS | {"init_weights"},
-    refused={},
+    harmless={"init_weights"},
 )
 
 _PARAMETER = "trainable_tokens_delta"

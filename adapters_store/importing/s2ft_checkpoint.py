@@ -13,14 +13,8 @@ import torch
 from torch import Tensor
 
 from polydelta.adapters_store.base_layout import BaseLayout
-from polydelta.adapters_store.formats.foreign import (
-    s2ft,
-)
-from polydelta.adapters_store.importing.channel_matching import (
-    match_channels,
-    match_heads,
-    rows_of,
-)
+from polydelta.adapters_store.formats.foreign import s2ft
+from polydelta.adapters_store.importing.channel_matching import match_channels, match_heads, rows_of
 from polydelta.adapters_store.importing.full_model import check_same_parts, replaced_modules
 from polydelta.adapters_store.importing.new_adapter import NewAdapter
 

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from polydelta.adapters_store.base_layout import EMBEDDING, HEAD, BaseLayout
 from polydelta.adapters_store.errors import InvalidAdapterError
-from polydelta.adapters_store.formats.foreign import (
-    sft,
-)
+from polydelta.adapters_store.formats.foreign import sft
 from polydelta.adapters_store.importing.new_adapter import NewAdapter
 from polydelta.adapters_store.importing.pickle_file import load_pickle
 

@@ -20,7 +20,7 @@ from polydelta.adapters_store.records import AdapterFacts, AdapterRecord, Part, 
 from polydelta.adapters_store.reference import AdapterName, AdapterRef, check_id
 from polydelta.adapters_store.store import AdapterStore
 from polydelta.adapters_store.upload.limits import UploadLimits
-from polydelta.adapters_store.upload.outline import check_outline
+from polydelta.adapters_store.upload.outline import check_growth, check_outline
 from polydelta.adapters_store.upload.staging import StagedAdapter, StagedUpload, Staging
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class Publisher:
         check_id(adapter_id)
         labels = None if labels is None else check_labels(labels)
         facts = check_outline(staged.folder, self._limits)
+        check_growth(staged.folder, self._layout, self._limits)
         with self._turn:
             # First of all: what cannot be served leaves the operator's folder what it is.
             self._check_numbers(adapter_id, staged)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from threading import Lock
 
 import torch
@@ -41,4 +45,11 @@ class CheckpointWeights:
 def checkpoint_layout(checkpoint: Checkpoint, dtype: torch.dtype) -> BaseLayout:
     """What adapters are read against: the layout, with the weights as they are in `dtype`."""
     weights = CheckpointWeights(checkpoint.tensors, dtype)
-    return base_layout(checkpoint.config, checkpoint.id, weights)
+    layout = base_layout(checkpoint.config, checkpoint.id, weights)
+    return replace(layout, weights_id=_weights_id(checkpoint.files))
+
+
+def _weights_id(files: Iterable[Path]) -> str:
+    """Changes when one of the files is rewritten, and differs between folders of one name."""
+    told = [f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()

@@ -37,6 +37,8 @@ class Checkpoint:
     config: ModelConfig
     tensors: TensorSource
     tokenizer: Tokenizer
+    # Where the weights lie.
+    files: tuple[Path, ...] = ()
 
 
 def open_checkpoint(model: str | None) -> Checkpoint:
@@ -70,13 +72,13 @@ def default_model() -> Path:
 def _open_gguf(path: Path) -> Checkpoint:
     file = GgufFile(path)
     tokenizer = Tokenizer(load_tokenizer(file), file.config.eos_token_ids)
-    return Checkpoint(_QUANTISATION.sub("", path.stem), file.config, file, tokenizer)
+    return Checkpoint(_QUANTISATION.sub("", path.stem), file.config, file, tokenizer, (path,))
 
 
 def _open_folder(path: Path, name: str) -> Checkpoint:
     folder = HfFolder(path)
     tokenizer = Tokenizer(folder.tokenizer(), folder.eos_token_ids())
-    return Checkpoint(name, folder.config, folder, tokenizer)
+    return Checkpoint(name, folder.config, folder, tokenizer, folder.files())
 
 
 def _download(hub_id: str) -> Path:

@@ -1,5 +1,5 @@
 """A Llama-like decoder over a paged KV cache. It knows nothing of adapters: what they change is
-put around its linear layers after it is made (see `engine/deltas.py`)."""
+put around its parts after it is made (see `engine/deltas.py`)."""
 
 from __future__ import annotations
 

@@ -31,6 +31,10 @@ class HfFolder:
     def names(self) -> Collection[str]:
         return self._file_of.keys()
 
+    def files(self) -> tuple[Path, ...]:
+        """Those that have the tensors."""
+        return tuple(self.path / name for name in sorted(set(self._file_of.values())))
+
     def read(self, name: str) -> Tensor:
         try:
             tensor: Tensor = self._open(self._file_of[name]).get_tensor(name)

@@ -125,7 +125,9 @@ def bind(library: NativeLibrary, weights: AddWeights | ChangeWeights) -> NativeD
             )
         case CirculantWeights(out_start, kernel):
             down, across, size = kernel.shape
-            circulant = (out_start, down, across, size, kernel, kernel.stride(1))
+            # The stride of an axis of length 1 says nothing.
+            stride = kernel.stride(1) if across > 1 else kernel.stride(0)
+            circulant = (out_start, down, across, size, kernel, stride)
             return NativeDelta(
                 library, "add_circulant", circulant, Scratch(per_column=2, once=size)
             )

@@ -57,12 +57,21 @@ void polydelta_add_one_bit(uint16_t *y, int64_t y_stride, const uint16_t *x, int
         }
 }
 
+/* Writes count signs, 8 at most. */
+static inline void unpack_byte(uint16_t *restrict signs, uint8_t byte, int64_t count) {
+    uint16_t eight[8];
+    for (int j = 0; j < 8; j++) eight[j] = 0xbf80 ^ (uint16_t)((byte >> j & 1) << 15);
+    memcpy(signs, eight, count * sizeof *eight);
+}
+
 /* bits [out, *] to signs [out, in], 1 and -1. */
 void polydelta_unpack_signs(uint16_t *restrict signs, const uint8_t *restrict bits, int64_t stride,
                             int64_t out, int64_t in) {
-    for (int64_t row = 0; row < out; row++)
-        for (int64_t i = 0; i < in; i++) {
-            const uint16_t bit = bits[row * stride + i / 8] >> (i % 8) & 1;
-            signs[row * in + i] = bit ? 0x3f80 : 0xbf80;
-        }
+    for (int64_t row = 0; row < out; row++) {
+        const uint8_t *byte = bits + row * stride;
+        int64_t left = in;
+        for (; left >= 8; left -= 8, signs += 8) unpack_byte(signs, *byte++, 8);
+        if (left) unpack_byte(signs, *byte, left);
+        signs += left;
+    }
 }

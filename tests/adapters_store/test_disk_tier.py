@@ -43,8 +43,9 @@ def open_tier(adapter_files: Any, packed_folder: Path, content: LocalContent) ->
         dtype: torch.dtype = torch.float32,
         capacity_bytes: int = 1 << 30,
         fingerprint: str = "tiny",
+        weights_id: str = "",
     ) -> DiskTier:
-        layout = replace(adapter_files.layout, fingerprint=fingerprint)
+        layout = replace(adapter_files.layout, fingerprint=fingerprint, weights_id=weights_id)
         return DiskTier(layout, dtype, packed_folder, content, capacity_bytes)
 
     return open_tier
@@ -121,7 +122,9 @@ def test_identical_content_is_packed_once_whatever_it_is_called(
     assert reads == ["one@1"]
 
 
-@pytest.mark.parametrize("other", [{"dtype": torch.bfloat16}, {"fingerprint": "other"}])
+@pytest.mark.parametrize(
+    "other", [{"dtype": torch.bfloat16}, {"fingerprint": "other"}, {"weights_id": "other"}]
+)
 def test_another_base_or_dtype_is_packed_anew_and_leaves_the_first(
     open_tier: Open, upload: Callable[..., AdapterRef], reads: list[str], other: dict[str, Any]
 ) -> None:

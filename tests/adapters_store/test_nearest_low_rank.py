@@ -57,9 +57,7 @@ def test_a_product_is_truncated_as_its_dense_matrix_is() -> None:
             nearest_low_rank(product.dense(), truncation),
         )
         assert found.delta.rank == want.delta.rank
-        torch.testing.assert_close(
-            found.delta.dense(), want.delta.dense(), atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(found.delta.dense(), want.delta.dense(), atol=1e-4, rtol=1e-4)
         assert found.error == pytest.approx(want.error, rel=1e-4)
 
 
@@ -86,3 +84,11 @@ def test_a_truncation_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(InvalidAdapterError, match=message):
         Truncation(rank, energy)
+
+
+def test_a_change_beyond_float32_is_told() -> None:
+    with pytest.raises(FloatingPointError):
+        nearest_low_rank(torch.tensor([[1.0, float("inf")]]), Truncation(rank=1))
+    huge = LowRank(torch.full((1, 4), 3e38), torch.full((3, 1), 3e38))
+    with pytest.raises(FloatingPointError):
+        nearest_of_product(huge, Truncation(rank=1))

@@ -19,7 +19,7 @@ from polydelta.adapters_store.delta import (
     TokenRows,
 )
 from polydelta.adapters_store.delta_kinds import KINDS, NOT_SERVED
-from polydelta.adapters_store.packed import PackedDelta
+from polydelta.adapters_store.packed_deltas import PackedDelta
 from polydelta.adapters_store.packing import pack
 
 Makers = Mapping[str, Callable[[tuple[int, int]], Delta]]

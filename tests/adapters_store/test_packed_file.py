@@ -15,15 +15,8 @@ import torch
 from polydelta.adapters_store import packed_file
 from polydelta.adapters_store.base_layout import MODEL, BaseLayout
 from polydelta.adapters_store.delta import Adapter, Invocation, Prefix, Prompt
-from polydelta.adapters_store.packed import (
-    ALIGNMENT,
-    LowRankBlock,
-    PackedAdapter,
-    PackedDelta,
-    PackedLayer,
-    PackedMatrix,
-    PackedVector,
-)
+from polydelta.adapters_store.packed import PackedAdapter, PackedLayer
+from polydelta.adapters_store.packed_deltas import LowRankBlock, PackedDelta
 from polydelta.adapters_store.packed_file import (
     MAGIC,
     UnreadableFileError,
@@ -32,6 +25,7 @@ from polydelta.adapters_store.packed_file import (
     read_packed,
     write_packed,
 )
+from polydelta.adapters_store.packed_tensors import ALIGNMENT, PackedMatrix, PackedVector
 from polydelta.adapters_store.packing import pack
 
 Make = Callable[..., PackedAdapter]

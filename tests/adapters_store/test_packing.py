@@ -11,15 +11,9 @@ from torch import Tensor
 from polydelta.adapters_store.base_layout import BaseLayout, FusedLinear, LinearPart
 from polydelta.adapters_store.delta import Adapter, Delta, LowRank, Sparse
 from polydelta.adapters_store.errors import InvalidAdapterError
-from polydelta.adapters_store.packed import (
-    ALIGNMENT,
-    PackedAdapter,
-    PackedLayer,
-    PackedLowRank,
-    PackedSparse,
-    matrix_view,
-    vector_view,
-)
+from polydelta.adapters_store.packed import PackedAdapter, PackedLayer
+from polydelta.adapters_store.packed_deltas import PackedLowRank, PackedSparse
+from polydelta.adapters_store.packed_tensors import ALIGNMENT, matrix_view, vector_view
 from polydelta.adapters_store.packing import pack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

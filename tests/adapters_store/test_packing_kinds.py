@@ -34,8 +34,8 @@ from polydelta.adapters_store.delta import (
     TokenRows,
     TopK,
 )
-from polydelta.adapters_store.packed import (
-    ALIGNMENT,
+from polydelta.adapters_store.packed import PackedLayer
+from polydelta.adapters_store.packed_deltas import (
     FINAL_NORM_INDEX,
     PackedBias,
     PackedCirculant,
@@ -43,14 +43,17 @@ from polydelta.adapters_store.packed import (
     PackedDelta,
     PackedInputScale,
     PackedKronecker,
-    PackedLayer,
-    PackedMatrix,
     PackedNorm,
     PackedOneBit,
     PackedRotate,
     PackedRows,
     PackedScale,
     PackedTopK,
+)
+from polydelta.adapters_store.packed_tensors import (
+    ALIGNMENT,
+    BYTES_ALIGNMENT,
+    PackedMatrix,
     PackedVector,
     matrix_view,
     vector_view,
@@ -281,13 +284,19 @@ def test_norms_are_read_back_as_they_were(
 
 
 def spans(value: Any, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
-    """Offset, bytes and bytes in a row of every tensor in packed deltas, however deep."""
+    """Offset, bytes and bytes in a row of every tensor in packed deltas, however deep; 0 bytes in a
+    row of bits, which is aligned to less."""
     for field in fields(value):
         match getattr(value, field.name):
             case PackedMatrix(offset, (rows, columns), row_stride):
-                size = 1 if field.name == "bits" else dtype.itemsize
-                assert 0 <= row_stride - columns < ALIGNMENT // size
-                yield offset, rows * row_stride * size, row_stride * size
+                if field.name == "bits":
+                    assert row_stride % BYTES_ALIGNMENT == 0
+                    assert 0 <= row_stride - columns < BYTES_ALIGNMENT
+                    yield offset, rows * row_stride, 0
+                else:
+                    assert 0 <= row_stride - columns < ALIGNMENT // dtype.itemsize
+                    row_bytes = row_stride * dtype.itemsize
+                    yield offset, rows * row_bytes, row_bytes
             case PackedVector(offset, length, of_vector):
                 yield offset, length * of_vector.itemsize, 0
             case tuple(inner):

@@ -21,11 +21,11 @@ from polydelta.adapters_store.delta import (
     Side,
     TokenRows,
 )
-from polydelta.adapters_store.packed import (
+from polydelta.adapters_store.packed import PackedAdapter
+from polydelta.adapters_store.packed_deltas import (
     EMBEDDING_LINEAR,
     FINAL_NORM_INDEX,
     HEAD_LINEAR,
-    PackedAdapter,
     PackedBias,
     PackedDelta,
     PackedHeadExpand,
@@ -35,9 +35,8 @@ from polydelta.adapters_store.packed import (
     PackedTokenExpand,
     PackedTokenRows,
     PackedTokenShrink,
-    matrix_view,
-    vector_view,
 )
+from polydelta.adapters_store.packed_tensors import matrix_view, vector_view
 from polydelta.adapters_store.packing import pack
 
 P = TypeVar("P", bound=PackedDelta)

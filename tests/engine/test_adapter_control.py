@@ -8,6 +8,7 @@ import pytest
 
 from polydelta.adapters_store.errors import AdapterError, InUseError
 from polydelta.adapters_store.reference import AdapterRef
+from polydelta.adapters_store.traits import AdapterTraits
 from polydelta.engine.residency import ResidencyState
 
 # The class `World` of conftest.py.
@@ -66,6 +67,21 @@ def test_pins_hold_half_of_the_pool_at_most(world: Worlds) -> None:
         second.result()
     with pytest.raises(AdapterError, match="needs 11 pages of the pool, which has 10"):
         third.result()
+
+
+@pytest.mark.parametrize("pin", [False, True])
+def test_more_virtual_tokens_than_positions_never_come_into_the_pool(
+    world: Worlds, pin: bool
+) -> None:
+    """Computing their keys and values would end the engine: positions have an end."""
+    traits = {"long": AdapterTraits(num_prefix_tokens=39), "fits": AdapterTraits(38)}
+    w = world(num_pages=40, max_positions=40, adapters={"long": 0, "fits": 0}, traits=traits)
+    refused, done = w.load("long", pin=pin), w.load("fits", pin=pin)
+    w.drain()
+    with pytest.raises(AdapterError, match=r"'long@1' puts 39 virtual .* window is 40 tokens"):
+        refused.result()
+    assert done.result() is None
+    assert [r.id for r in w.residency.resident()] == ["fits"]
 
 
 def test_pinning_twice_is_pinning_once(world: Worlds) -> None:

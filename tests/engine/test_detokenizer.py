@@ -113,6 +113,18 @@ def test_a_held_back_start_is_handed_out_when_the_answer_ends(tokenizer: Tokeniz
     assert got.end == (FinishReason.STOP, None)
 
 
+@pytest.mark.parametrize("ends", ["length", "end of text"])
+def test_a_stop_beside_a_character_that_was_never_completed_ends_the_answer(
+    tokenizer: Tokenizer, ends: str
+) -> None:
+    first = tokenizer.encode(" \N{GRINNING FACE}", add_special_tokens=False)[0]
+    assert tokenizer.decode([first]) == " \ufffd"
+    ids = [first] if ends == "length" else [first, tokenizer.eos_token_ids[0]]
+    got = stream(tokenizer, ids, SamplingParams(max_tokens=len(ids), stop=(" ",)))
+    assert got.text == ""
+    assert got.end == (FinishReason.STOP, " ")
+
+
 @settings(deadline=None, max_examples=200)
 @given(
     pieces=st.lists(st.text("ab c\n\N{GRINNING FACE}\u00e9", min_size=1, max_size=6), max_size=12),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from pathlib import Path
@@ -42,8 +43,9 @@ class Setting:
         self.loads: list[Future[HostAdapter]] = []
         self.bound: list[list[int]] = []
         self.wakes = 0
+        self.costs = CostModel()
         self.residency = Residency(
-            self.pool, PAGE_BYTES, BLOCK, self, self._bind, CostModel(), self._wake
+            self.pool, PAGE_BYTES, BLOCK, self, self._bind, self.costs, self._wake
         )
 
     def load(self, ref: AdapterRef) -> Future[HostAdapter]:
@@ -153,6 +155,30 @@ def test_the_weights_of_an_adapter_lie_in_one_piece_where_its_prefix_does_not() 
     setting.residency.state(ONE)
     setting.residency.acquire(ONE)
     assert setting.bound == [[4, 5, 6, 7, 0, 2]]
+
+
+def test_the_time_to_compute_virtual_tokens_is_the_cost_of_their_adapter_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Taken for a slow copy of few bytes, it made every other adapter dearer than all KV."""
+    setting = Setting(num_pages=8)
+    residency, pool, costs = setting.residency, setting.pool, setting.costs
+    before = costs.load_seconds(1000)
+    clock = iter((0.0, 5.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: next(clock))
+        residency.prefetch(ONE)
+        setting.loads[-1].set_result(Packed("d", 0, AdapterTraits(8)))
+        residency.state(ONE)
+        residency.acquire(ONE)
+    assert costs.load_seconds(1000) == before
+    residency.release(ONE)
+    # Cheaper for each page than the prompt, however many bytes it has.
+    pool.retire("cached", pool.allocate(2), cost=4.0, uses=1, forget=lambda: None)
+    pool.allocate(6)
+    assert residency.is_resident(ONE)
+    pool.allocate(1)
+    assert not residency.is_resident(ONE)
 
 
 def test_pages_to_acquire_counts_what_would_leave_the_available_ones() -> None:

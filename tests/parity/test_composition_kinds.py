@@ -318,7 +318,7 @@ def test_a_kind_whose_sum_is_not_defined_is_refused_by_its_name(
         of_peft(model, config(), tmp_path / name)
     kinds = kinds_of(tmp_path / name, paged(model).layout)
     with pytest.raises(
-        CompositionError, match=rf"'{name}@1' has deltas of kind {kind}, which cannot be added"
+        CompositionError, match=rf"'{name}@1' has deltas of kind {kind}, which can be neither"
     ):
         check_addable(f"{name}@1", kinds)
 

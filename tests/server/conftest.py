@@ -1,8 +1,10 @@
-"""A server over a fake engine, which answers from a thread of its own, as the real one does."""
+"""A server over a fake engine, which answers from a thread of its own, as the real one does; and
+the command line in this process, with models in folders."""
 
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +13,13 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.adapters_store.store import AdapterStore, StoreConfig
+from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -25,6 +29,7 @@ from polydelta.engine.request import (
 )
 from polydelta.engine.stats import EngineStats
 from polydelta.server.app import create_app
+from polydelta.server.cli import main
 from polydelta.server.settings import ServerSettings
 from polydelta.server.stores import disk_tier, make_publisher
 
@@ -236,3 +241,51 @@ def refusal(client: TestClient) -> Callable[..., tuple[int, dict]]:
         return answer.status_code, error
 
     return post
+
+
+@pytest.fixture
+def polydelta(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs `polydelta ...` in this process; (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["polydelta", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        captured = capsys.readouterr()
+        return int(left.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def facts() -> Callable[[str], dict[str, str]]:
+    """Of what a command has printed: names and values, which stand side by side."""
+
+    def parse(text: str) -> dict[str, str]:
+        lines = (line.strip().split("  ", maxsplit=1) for line in text.splitlines() if line.strip())
+        return {name: fact.strip() for name, fact in lines}
+
+    return parse
+
+
+@pytest.fixture(scope="session")
+def save_model(default_checkpoint: Checkpoint) -> Callable[[PreTrainedModel, Path], Path]:
+    """Writes a model with a tokenizer, so that commands open it; the folder."""
+
+    def save(model: PreTrainedModel, folder: Path) -> Path:
+        model.save_pretrained(folder)
+        default_checkpoint.tokenizer.save(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(
+    tiny_model: LlamaForCausalLM, save_model: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny model as a folder; not to be written to."""
+    return save_model(tiny_model, tmp_path_factory.mktemp("tiny") / "model")

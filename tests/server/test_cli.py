@@ -15,22 +15,11 @@ from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.adapters_store.records import AdapterFacts, AdapterRecord, Source
 from polydelta.adapters_store.reference import CONFIG_FILE, WEIGHTS_FILE
 from polydelta.adapters_store.store import AdapterStore, StoreConfig
-from polydelta.server.cli import main
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs `polydelta ...` in this process; (exit code, stdout, stderr)."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["polydelta", *arguments])
-        with pytest.raises(SystemExit) as left:
-            main()
-        captured = capsys.readouterr()
-        return int(left.value.code or 0), captured.out, captured.err
-
-    return call
+def run(polydelta):
+    return polydelta
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,51 +17,24 @@ from transformers import AutoModelForCausalLM, GgufConfig, LlamaForCausalLM, Pre
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.inspection import inspect
 from polydelta.adapters_store.reference import CONFIG_FILE
-from polydelta.engine.models.checkpoint import Checkpoint, default_model, open_checkpoint
-from polydelta.server.cli import main
+from polydelta.engine.models.checkpoint import default_model, open_checkpoint
 from polydelta.server.settings import packaged_samples
 
 Run = Callable[..., tuple[int, str, str]]
+Facts = Callable[[str], dict[str, str]]
 
 TOKENS = torch.tensor([[1, 4000, 7, 7, 30, 49151, 0]])
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `polydelta adapters convert ...` in this process; (exit code, stdout, stderr)."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        words = ["polydelta", "adapters", "convert", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as left:
-            main()
-        captured = capsys.readouterr()
-        return int(left.value.code or 0), captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def model(
-    tiny_model: LlamaForCausalLM,
-    default_checkpoint: Checkpoint,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """The tiny model as a folder that commands open."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model.save_pretrained(folder)
-    default_checkpoint.tokenizer.save(folder)
-    return folder
+def run(polydelta: Run) -> Run:
+    """Runs `polydelta adapters convert ...`; (exit code, stdout, stderr)."""
+    return partial(polydelta, "adapters", "convert")
 
 
 @pytest.fixture
 def shira(tiny_layout: BaseLayout, adapter_writer: Callable) -> Path:
     return adapter_writer(tiny_layout).shira("shira", rank=3)
-
-
-def facts(text: str) -> dict[str, str]:
-    return dict(line.strip().split(maxsplit=1) for line in text.splitlines() if line.strip())
 
 
 def logits(model: PreTrainedModel, adapter: Path | None = None) -> Tensor:
@@ -72,9 +45,14 @@ def logits(model: PreTrainedModel, adapter: Path | None = None) -> Tensor:
 
 
 def test_a_lora_of_full_rank_does_what_the_sparse_adapter_does(
-    run: Run, shira: Path, model: Path, tiny_model: LlamaForCausalLM, tmp_path: Path
+    run: Run,
+    facts: Facts,
+    shira: Path,
+    tiny_folder: Path,
+    tiny_model: LlamaForCausalLM,
+    tmp_path: Path,
 ) -> None:
-    code, out, err = run(shira, tmp_path / "out", "--model", model, "--energy", 1)
+    code, out, err = run(shira, tmp_path / "out", "--model", tiny_folder, "--energy", 1)
     assert (code, err) == (0, "")
     told = facts(out)
     assert (told["from"], told["format"]) == ("SHIRA (Sparse)", "LORA in float32")
@@ -86,10 +64,10 @@ def test_a_lora_of_full_rank_does_what_the_sparse_adapter_does(
 
 
 def test_the_rank_is_what_is_asked_for_and_the_error_is_told(
-    run: Run, shira: Path, model: Path, tmp_path: Path
+    run: Run, facts: Facts, shira: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     code, out, _ = run(
-        *(shira, tmp_path / "out", "--model", model, "--rank", 5, "--dtype", "bfloat16")
+        *(shira, tmp_path / "out", "--model", tiny_folder, "--rank", 5, "--dtype", "bfloat16")
     )
     assert code == 0
     told = facts(out)
@@ -100,39 +78,49 @@ def test_the_rank_is_what_is_asked_for_and_the_error_is_told(
 
 
 def test_a_lora_stays_as_it_is(
-    run: Run, tiny_layout: BaseLayout, adapter_writer: Callable, model: Path, tmp_path: Path
+    run: Run,
+    facts: Facts,
+    tiny_layout: BaseLayout,
+    adapter_writer: Callable,
+    tiny_folder: Path,
+    tmp_path: Path,
 ) -> None:
     lora = adapter_writer(tiny_layout).lora("lora", rank=7, targets=("q_proj",))
-    code, out, _ = run(lora, tmp_path / "out", "--model", model)
+    code, out, _ = run(lora, tmp_path / "out", "--model", tiny_folder)
     told = facts(out)
     assert code == 0
     assert (told["ranks"], told["error"]) == ("7", "none: exact but for rounding")
 
 
 def test_a_merged_model_does_what_the_adapter_does(
-    run: Run, shira: Path, model: Path, tiny_model: LlamaForCausalLM, tmp_path: Path
+    run: Run,
+    facts: Facts,
+    shira: Path,
+    tiny_folder: Path,
+    tiny_model: LlamaForCausalLM,
+    tmp_path: Path,
 ) -> None:
-    arguments = (shira, tmp_path / "out", "--to", "model", "--model", model)
+    arguments = (shira, tmp_path / "out", "--to", "model", "--model", tiny_folder)
     code, out, err = run(*arguments, "--dtype", "float32")
     assert (code, err) == (0, "")
     told = facts(out)
     assert (told["format"], told["head"]) == ("model in float32", "as in the base")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits(merged), logits(tiny_model, shira), atol=2e-4, rtol=2e-4)
-    assert open_checkpoint(str(tmp_path / "out")).config == open_checkpoint(str(model)).config
+    assert open_checkpoint(str(tmp_path / "out")).config == open_checkpoint(str(tiny_folder)).config
 
 
 def test_a_model_is_written_in_the_dtype_that_it_is_served_in(
-    run: Run, shira: Path, model: Path, tmp_path: Path
+    run: Run, facts: Facts, shira: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    code, out, _ = run(shira, tmp_path / "out", "--to", "model", "--model", model)
+    code, out, _ = run(shira, tmp_path / "out", "--to", "model", "--model", tiny_folder)
     assert code == 0
     assert facts(out)["format"] == "model in bfloat16"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_wrong_arguments_are_one_line_each(
-    run: Run, shira: Path, model: Path, tmp_path: Path
+    run: Run, shira: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     for arguments, message in (
@@ -141,10 +129,10 @@ def test_wrong_arguments_are_one_line_each(
         ((shira, out, "--rank", 3, "--energy", 0.5), "not both"),
         ((shira, out, "--to", "model", "--rank", 3), "leave them out with --to model"),
         ((shira, shira), "is not empty"),
-        ((shira, model, "--to", "model"), "is not empty"),
+        ((shira, tiny_folder, "--to", "model"), "is not empty"),
         ((tmp_path / "nothing", out), "There is no folder"),
     ):
-        code, told, err = run(*arguments, "--model", model)
+        code, told, err = run(*arguments, "--model", tiny_folder)
         assert (code, told) == (1, "")
         assert message in err
     assert not out.exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 
 from polydelta.adapters_store.formats.refusals import REFUSALS
 from polydelta.adapters_store.formats.registry import FORMATS
-from polydelta.server.cli import main
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- polydelta adapters formats --markdown -->", "<!-- end of formats -->"
@@ -19,18 +17,15 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `polydelta adapters formats ...` in this process; stdout."""
-    monkeypatch.setenv("COLUMNS", "250")
+def run(polydelta: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `polydelta adapters formats ...`; stdout."""
     for setting in ("MODEL", "DTYPE"):
         monkeypatch.delenv(f"POLYDELTA_{setting}", raising=False)
 
     def call(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["polydelta", "adapters", "formats", *arguments])
-        with pytest.raises(SystemExit) as left:
-            main()
-        assert not left.value.code
-        return capsys.readouterr().out
+        code, out, _ = polydelta("adapters", "formats", *arguments)
+        assert code == 0
+        return out
 
     return call
 

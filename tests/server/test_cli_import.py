@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,28 +16,19 @@ from polydelta.adapters_store.delta import Adapter
 from polydelta.adapters_store.formats import read_adapter
 from polydelta.adapters_store.reference import CONFIG_FILE, AdapterRef
 from polydelta.engine.models.base_weights import checkpoint_layout
-from polydelta.engine.models.checkpoint import Checkpoint, open_checkpoint
-from polydelta.server.cli import main
+from polydelta.engine.models.checkpoint import open_checkpoint
 
 Run = Callable[..., tuple[int, str, str]]
-Save = Callable[[LlamaForCausalLM, str], Path]
+Facts = Callable[[str], dict[str, str]]
+Save = Callable[[LlamaForCausalLM, Path], Path]
 
 UP, DOWN, NORM = "model.layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj", "model.norm"
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `polydelta adapters ...` in this process; (exit code, stdout, stderr)."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["polydelta", "adapters", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        captured = capsys.readouterr()
-        return int(left.value.code or 0), captured.out, captured.err
-
-    return call
+def run(polydelta: Run) -> Run:
+    """Runs `polydelta adapters ...`; (exit code, stdout, stderr)."""
+    return partial(polydelta, "adapters")
 
 
 @pytest.fixture
@@ -56,20 +47,8 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def save(tmp_path: Path, default_checkpoint: Checkpoint) -> Save:
-    """A model in a folder of this name, with a tokenizer."""
-
-    def write(model: LlamaForCausalLM, name: str) -> Path:
-        model.save_pretrained(tmp_path / name)
-        default_checkpoint.tokenizer._tokenizer.save_pretrained(tmp_path / name)
-        return tmp_path / name
-
-    return write
-
-
-@pytest.fixture
-def base(model: LlamaForCausalLM, save: Save) -> Path:
-    return save(model, "base")
+def base(model: LlamaForCausalLM, save_model: Save, tmp_path: Path) -> Path:
+    return save_model(model, tmp_path / "base")
 
 
 def read(folder: Path, base: Path) -> Adapter:
@@ -77,13 +56,8 @@ def read(folder: Path, base: Path) -> Adapter:
     return read_adapter(AdapterRef(folder.name, 1, folder), layout)
 
 
-def facts(text: str) -> dict[str, str]:
-    lines = (line.strip().split("  ", maxsplit=1) for line in text.splitlines() if line.strip())
-    return {name: fact.strip() for name, fact in lines}
-
-
 def test_a_model_tuned_with_s2ft_becomes_an_adapter_of_its_base(
-    run: Run, model: LlamaForCausalLM, base: Path, save: Save, tmp_path: Path
+    run: Run, facts: Facts, model: LlamaForCausalLM, base: Path, save_model: Save, tmp_path: Path
 ) -> None:
     tuned = copy.deepcopy(model)
     channels = torch.randperm(96)
@@ -94,7 +68,7 @@ def test_a_model_tuned_with_s2ft_becomes_an_adapter_of_its_base(
             linear.weight.copy_(linear.weight[channels].clone())
         mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, channels].clone())
     tuned.resize_token_embeddings(328, mean_resizing=False)
-    source, out = save(tuned, "tuned"), tmp_path / "out"
+    source, out = save_model(tuned, tmp_path / "tuned"), tmp_path / "out"
     code, _, err = run("import", "s2ft", source, out, "--model", base)
     assert code == 1
     assert "has 328 tokens, the base has 321" in err
@@ -113,7 +87,7 @@ def test_a_model_tuned_with_s2ft_becomes_an_adapter_of_its_base(
 
 
 def test_a_sparse_fine_tuning_is_imported_with_what_it_has_whole(
-    run: Run, model: LlamaForCausalLM, base: Path, tmp_path: Path
+    run: Run, facts: Facts, model: LlamaForCausalLM, base: Path, tmp_path: Path
 ) -> None:
     steps = {
         "size": torch.Size((64, 96)),
@@ -136,7 +110,7 @@ def test_a_sparse_fine_tuning_is_imported_with_what_it_has_whole(
 
 
 def test_a_bitdelta_is_imported_with_its_scale(
-    run: Run, model: LlamaForCausalLM, base: Path, tmp_path: Path
+    run: Run, facts: Facts, model: LlamaForCausalLM, base: Path, tmp_path: Path
 ) -> None:
     content = {
         f"{DOWN}.mask": torch.full((3, 64), -1, dtype=torch.int32),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polydelta.adapters_store.reference import CONFIG_FILE, WEIGHTS_FILE
-from polydelta.server.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
+Facts = Callable[[str], dict[str, str]]
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 K3 = "base_model.model.model.layers.3.self_attn.k_proj"
@@ -22,20 +22,10 @@ HIDDEN, KV = 576, 192
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], adapters: Path) -> Run:
-    """Runs `polydelta adapters merge ...` in this process; (exit code, stdout, stderr)."""
-    monkeypatch.setenv("COLUMNS", "200")
+def run(polydelta: Run, monkeypatch: pytest.MonkeyPatch, adapters: Path) -> Run:
+    """Runs `polydelta adapters merge ...`; (exit code, stdout, stderr)."""
     monkeypatch.setenv("POLYDELTA_ADAPTERS", str(adapters))
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        words = ["polydelta", "adapters", "merge", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as left:
-            main()
-        captured = capsys.readouterr()
-        return int(left.value.code or 0), captured.out, captured.err
-
-    return call
+    return partial(polydelta, "adapters", "merge")
 
 
 @pytest.fixture
@@ -73,12 +63,8 @@ def change(folder: Path, module: str = Q0) -> torch.Tensor:
     return b @ a
 
 
-def facts(text: str) -> dict[str, str]:
-    return dict(line.strip().split(maxsplit=1) for line in text.splitlines() if line.strip())
-
-
 def test_linear_writes_the_exact_sum_and_tells_what_it_wrote(
-    run: Run, adapters: Path, tmp_path: Path
+    run: Run, facts: Facts, adapters: Path, tmp_path: Path
 ) -> None:
     code, out, err = run(tmp_path / "out", f"{adapters / 'two'}=0.5", "three=-2")
     assert (code, err) == (0, "")
@@ -94,7 +80,7 @@ def test_linear_writes_the_exact_sum_and_tells_what_it_wrote(
 
 
 def test_the_merged_adapter_can_be_served_and_merged_again(
-    run: Run, adapters: Path, tmp_path: Path
+    run: Run, facts: Facts, adapters: Path, tmp_path: Path
 ) -> None:
     run(adapters / "both", "two=1", "three=1")
     code, out, _ = run(tmp_path / "less", "both=1", "three=-1", "--rank", 2, "--dtype", "bfloat16")
@@ -107,7 +93,7 @@ def test_the_merged_adapter_can_be_served_and_merged_again(
     )
 
 
-def test_options_reach_the_recipe(run: Run, tmp_path: Path) -> None:
+def test_options_reach_the_recipe(run: Run, facts: Facts, tmp_path: Path) -> None:
     code, out, _ = run(
         *(tmp_path / "out", "two=0.7", "sparse=0.5", "--method", "dare-ties", "--density", 0.2),
         *("--rank", 4, "--seed", 9, "--election", "count"),
@@ -119,7 +105,7 @@ def test_options_reach_the_recipe(run: Run, tmp_path: Path) -> None:
     assert "beyond the rank" in told["error"]
 
 
-def test_sparse_adapters_alone_stay_sparse(run: Run, tmp_path: Path) -> None:
+def test_sparse_adapters_alone_stay_sparse(run: Run, facts: Facts, tmp_path: Path) -> None:
     code, out, _ = run(tmp_path / "out", "sparse=3")
     assert code == 0
     assert facts(out)["format"] == "SHIRA in float32"

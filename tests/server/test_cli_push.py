@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from email.parser import BytesParser
 from email.policy import HTTP
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from polydelta.server.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -85,19 +83,10 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `polydelta adapters push ...` in this process; (exit code, stdout, stderr)."""
-    monkeypatch.setenv("COLUMNS", "200")
+def run(polydelta: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `polydelta adapters push ...`; (exit code, stdout, stderr)."""
     monkeypatch.delenv("POLYDELTA_API_KEY", raising=False)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["polydelta", "adapters", "push", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        captured = capsys.readouterr()
-        return int(left.value.code or 0), captured.out, captured.err
-
-    return call
+    return partial(polydelta, "adapters", "push")
 
 
 @pytest.fixture

@@ -2,52 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.inspection import inspect
 from polydelta.adapters_store.reference import CONFIG_FILE
-from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.server import cli_quantize
-from polydelta.server.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `polydelta adapters quantize ...` in this process; (exit code, stdout, stderr)."""
-    monkeypatch.setenv("COLUMNS", "200")
+def run(polydelta: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `polydelta adapters quantize ...`; (exit code, stdout, stderr)."""
     monkeypatch.setattr(cli_quantize, "TEXT", "One kettle, please")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        words = ["polydelta", "adapters", "quantize", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as left:
-            main()
-        captured = capsys.readouterr()
-        return int(left.value.code or 0), captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def model(
-    tiny_model: LlamaForCausalLM,
-    default_checkpoint: Checkpoint,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """The tiny model as a folder that commands open."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model.save_pretrained(folder)
-    default_checkpoint.tokenizer.save(folder)
-    return folder
+    return partial(polydelta, "adapters", "quantize")
 
 
 @pytest.fixture
@@ -63,11 +37,11 @@ def drifts(text: str) -> list[float]:
 
 
 def test_fewer_bits_take_less_room_and_cost_more(
-    run: Run, lora: Path, model: Path, tmp_path: Path
+    run: Run, lora: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     size, most, cost = inspect(lora).bytes, inspect(lora).bytes, 0.0
     for bits in (8, 4, 1):
-        code, out, err = run(lora, tmp_path / f"q{bits}", "--bits", bits, "--model", model)
+        code, out, err = run(lora, tmp_path / f"q{bits}", "--bits", bits, "--model", tiny_folder)
         assert (code, err) == (0, "")
         assert f"{bits} bits, a scale for each 64" in out
         smaller, divergence = inspect(tmp_path / f"q{bits}").bytes, drifts(out)[3]

@@ -14,12 +14,7 @@ from torch import Tensor
 from polydelta.adapters_store.delta import Bias, Delta, OneBit
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 
@@ -59,7 +54,7 @@ def _read_module(_: Config, tensors: ModuleTensors) -> tuple[Delta, ...]:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(frozenset(), COMMON_HARMLESS, COMMON_REFUSED),
+    rules=key_rules(),
     parameters=Parameters(required=(), optional=(BITS, SCALE, BIAS)),
     outline_module=_outline_module,
     read_module=_read_module,

@@ -15,16 +15,9 @@ from polydelta.adapters_store.delta import Delta
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.files import Shape
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules
 
-KEY_RULES = KeyRules(
-    honoured=frozenset(), harmless=COMMON_HARMLESS | {"bias"}, refused=COMMON_REFUSED
-)
+KEY_RULES = key_rules()
 
 
 def outline(config: Config, shapes: Mapping[str, Shape]) -> dict[str, ModuleOutline]:

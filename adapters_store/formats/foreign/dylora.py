@@ -52,12 +52,13 @@ def _settings(config: Config) -> _Settings:
 
 
 def _outline_module(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
-    settings.trained.check_shapes(shapes, _A, _B)
+    trained = settings.trained
+    shapes.check_factors(_A, _B, trained.rank, trained.why)
     return ModuleOutline(LowRank.kind, settings.rank)
 
 
 def _read_module(settings: _Settings, tensors: ModuleTensors) -> tuple[LowRank]:
-    settings.trained.check_fit(tensors, _A, _B)
+    tensors.check_factors(_A, _B, settings.trained.rank)
     a, b = tensors[_A][: settings.rank], tensors[_B][:, : settings.rank]
     return (LowRank(a.clone(), b * settings.scale),)
 

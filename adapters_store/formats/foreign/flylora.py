@@ -12,14 +12,7 @@ from dataclasses import dataclass
 from polydelta.adapters_store.delta import TopK
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    number,
-    positive_int,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules, number, positive_int
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers
 from polydelta.adapters_store.formats.peft_tensors import Parameters
@@ -55,25 +48,22 @@ def _settings(config: Config) -> _Settings:
 def _outline_module(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
     rank = settings.rank
     why = f"rank {rank} (r in {CONFIG_FILE})"
-    shapes.check(_A, (rank, *shapes[_A][-1:]), why)
-    shapes.check(_B, (*shapes[_B][:1], rank), why)
+    shapes.check_factors(_A, _B, rank, why)
     shapes.check(_D, (rank,), why)
     return ModuleOutline(TopK.kind, rank)
 
 
 def _read_module(settings: _Settings, tensors: ModuleTensors) -> tuple[TopK]:
-    tensors.check(_A, (settings.rank, tensors.in_features))
-    tensors.check(_B, (tensors.out_features, settings.rank))
+    tensors.check_factors(_A, _B, settings.rank)
     b = tensors[_B] * settings.scale
     return (TopK(tensors[_A], b, tensors[_D], settings.keep),)
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset({"alpha", "k", "r"}),
+    rules=key_rules(
+        honoured={"alpha", "k", "r"},
         # How sparse A was made, and how fast d was trained.
-        harmless=COMMON_HARMLESS | {"bias_lr", "sparsity_ratio"},
-        refused=COMMON_REFUSED,
+        harmless={"bias_lr", "sparsity_ratio"},
     ),
     parameters=Parameters(
         required=(_A, _B, _D), ignored=("assignment_count", "expected_frequency")

@@ -9,19 +9,16 @@ from dataclasses import dataclass
 
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
     Config,
     KeyRules,
     flag,
+    key_rules,
     number,
     positive_int,
 )
-from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors
-from polydelta.adapters_store.formats.peft_options import MODULE_CHOICE, refuse_trained_biases
 from polydelta.adapters_store.reference import CONFIG_FILE
 
-_HONOURED = frozenset({"bias", "init_lora_weights", "lora_alpha", "r"})
+_HONOURED = frozenset({"init_lora_weights", "lora_alpha", "r"})
 # How weights were started, training, and how PEFT itself runs.
 _HARMLESS = frozenset(
     {
@@ -60,15 +57,12 @@ _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 def lora_rules(*own: str) -> KeyRules:
     """own: keys that the format's parser reads itself; `use_rslora`, when the scale heeds it."""
-    return KeyRules(
+    return key_rules(
         honoured=_HONOURED | {*own},
-        harmless=COMMON_HARMLESS | MODULE_CHOICE | _HARMLESS,
-        refused={
-            **dict.fromkeys(
-                _REFUSED, "it is an option of PEFT's LoRA, which this format lacks: train without"
-            ),
-            **COMMON_REFUSED,
-        },
+        harmless=_HARMLESS,
+        refused=dict.fromkeys(
+            _REFUSED, "it is an option of PEFT's LoRA, which this format lacks: train without"
+        ),
     )
 
 
@@ -84,16 +78,6 @@ class LoraOptions:
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
-    def check_shapes(self, shapes: ModuleShapes, a: str, b: str) -> None:
-        """Of the parameters a, `[rank, in]`, and b, `[out, rank]`. Raises InvalidAdapterError."""
-        shapes.check(a, (self.rank, *shapes[a][-1:]), self.why)
-        shapes.check(b, (*shapes[b][:1], self.rank), self.why)
-
-    def check_fit(self, tensors: ModuleTensors, a: str, b: str) -> None:
-        """The same parameters against the base's layer. Raises InvalidAdapterError."""
-        tensors.check(a, (self.rank, tensors.in_features))
-        tensors.check(b, (tensors.out_features, self.rank))
-
     @property
     def why(self) -> str:
         return f"rank {self.rank} (r in {CONFIG_FILE})"
@@ -101,7 +85,6 @@ class LoraOptions:
 
 def lora_options(config: Config) -> LoraOptions:
     """Raises InvalidAdapterError."""
-    refuse_trained_biases(config)
     init = config.get("init_lora_weights")
     if init not in _PLAIN_INITS:
         raise InvalidAdapterError(

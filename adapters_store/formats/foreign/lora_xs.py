@@ -102,7 +102,7 @@ def _outline_module(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
     shapes.check(_R, (options.rank, options.rank), options.why)
     if _A in shapes or _B in shapes:
         shapes.need(_A, _B)
-        options.check_shapes(shapes, _A, _B)
+        shapes.check_factors(_A, _B, options.rank, options.why)
     else:
         settings.svd()
     return ModuleOutline(LowRank.kind, options.rank)
@@ -111,7 +111,7 @@ def _outline_module(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
 def _read_module(settings: _Settings, tensors: ModuleTensors) -> tuple[LowRank]:
     options = settings.lora
     if _A in tensors:
-        options.check_fit(tensors, _A, _B)
+        tensors.check_factors(_A, _B, options.rank)
         a, b = tensors[_A], tensors[_B]
     else:
         if options.rank > min(tensors.in_features, tensors.out_features):

@@ -13,20 +13,9 @@ from polydelta.adapters_store.delta import Columns
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.coordinates import positions
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    number,
-    positive_int,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules, number, positive_int
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
-    linear_layers,
-    refuse_trained_biases,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
@@ -46,7 +35,6 @@ class _Settings:
 
 
 def _settings(config: Config) -> _Settings:
-    refuse_trained_biases(config)
     return _Settings(
         positive_int("r", config.get("r")), number("paca_alpha", config.get("paca_alpha"))
     )
@@ -78,18 +66,15 @@ def _read_module(settings: _Settings, tensors: ModuleTensors) -> tuple[Columns]:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset({"bias", "paca_alpha", "r"}),
-        harmless=COMMON_HARMLESS
-        | MODULE_CHOICE
+    rules=key_rules(
+        honoured={"paca_alpha", "r"},
         # How the columns were chosen and started, and training.
-        | {"gradient_accumulation_steps", "init_weights", "megatron_core", "random_seed"},
+        harmless={"gradient_accumulation_steps", "init_weights", "megatron_core", "random_seed"},
         refused={
             "alpha_pattern": _ONE_SIZE,
             "rank_pattern": _ONE_SIZE,
             "layer_replication": "it gives the base another number of layers: train without it",
             "megatron_config": "adapters split for Megatron are not served: train without it",
-            **COMMON_REFUSED,
         },
     ),
     parameters=Parameters(required=(_INDICES,), optional=(_REPLACED, _ADDED)),

@@ -11,12 +11,7 @@ from polydelta.adapters_store.delta import Bias, Columns, Delta, Rows
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.coordinates import positions
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 
@@ -71,7 +66,7 @@ def _columns(tensors: ModuleTensors) -> Columns:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(frozenset(), COMMON_HARMLESS, COMMON_REFUSED),
+    rules=key_rules(),
     parameters=Parameters(required=(), optional=(INDICES, ROWS, COLUMNS, BIAS)),
     outline_module=_outline_module,
     read_module=_read_module,

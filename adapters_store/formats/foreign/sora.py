@@ -54,13 +54,13 @@ def read(
 
 
 def _outline_module(options: LoraOptions, shapes: ModuleShapes) -> ModuleOutline:
-    options.check_shapes(shapes, _A, _B)
+    shapes.check_factors(_A, _B, options.rank, options.why)
     shapes.check(_GATE, (1, options.rank), options.why)
     return ModuleOutline(LowRank.kind, options.rank)
 
 
 def _read_module(options: LoraOptions, tensors: ModuleTensors) -> tuple[LowRank, ...]:
-    options.check_fit(tensors, _A, _B)
+    tensors.check_factors(_A, _B, options.rank)
     gate = tensors[_GATE].squeeze(0)
     opened = gate.nonzero().squeeze(1)
     if not len(opened):

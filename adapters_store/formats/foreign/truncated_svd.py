@@ -17,11 +17,16 @@ import torch
 from torch import Tensor
 
 from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.formats.peft_config import KeyRules
 from polydelta.adapters_store.reference import CONFIG_FILE
 
 # More directions than are asked for, so that the last ones settle too.
 _OVERSAMPLING = 10
-_MAX_ITERATIONS = 100
+# Twice LoRA-XS's default. One of a large layer may take a second.
+_MAX_ITERATIONS = 20
+
+# The authors' code overwrites `rank` by r.
+_RULES = KeyRules(frozenset({"n_iter", "random_state"}), frozenset({"rank"}), refused={})
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class SvdOptions:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> SvdOptions:
         """Raises InvalidAdapterError."""
+        _RULES.check(config)
         return cls(
             _whole("n_iter", config.get("n_iter", cls.n_iter), _MAX_ITERATIONS),
             _whole("random_state", config.get("random_state", cls.random_state), (1 << 32) - 1),

@@ -14,20 +14,15 @@ from polydelta.adapters_store.delta import LowRank
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
     MERGE_INSTEAD,
     Config,
-    KeyRules,
+    key_rules,
     mapping,
     number,
     positive_int,
 )
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
-    linear_layers,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
@@ -69,16 +64,14 @@ def _settings(config: Config) -> _Settings:
 def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
     rank = settings.rank(shapes.module)
     why = f"rank {rank} (init_r and rank_pattern in {CONFIG_FILE})"
-    shapes.check(_A, (rank, *shapes[_A][1:2]), why)
-    shapes.check(_B, (*shapes[_B][:1], rank), why)
+    shapes.check_factors(_A, _B, rank, why)
     shapes.check(_E, (rank, 1), why)
     return ModuleOutline(LowRank.kind, rank)
 
 
 def _read(settings: _Settings, tensors: ModuleTensors) -> tuple[LowRank, ...]:
     rank = settings.rank(tensors.module)
-    tensors.check(_A, (rank, tensors.in_features))
-    tensors.check(_B, (tensors.out_features, rank))
+    tensors.check_factors(_A, _B, rank)
     if rank == 0:
         return ()
     scales = tensors[_E].T * settings.scale(tensors.module)
@@ -86,11 +79,9 @@ def _read(settings: _Settings, tensors: ModuleTensors) -> tuple[LowRank, ...]:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset({"init_r", "lora_alpha", "rank_pattern"}),
-        harmless=COMMON_HARMLESS
-        | MODULE_CHOICE
-        | {
+    rules=key_rules(
+        honoured={"init_r", "lora_alpha", "rank_pattern"},
+        harmless={
             # Of LoRA's config, which AdaLoRA's extends; its layers do not look at them.
             "alpha_pattern",
             "corda_config",
@@ -100,8 +91,6 @@ FORMAT = PeftFormat(
             "qalora_group_size",
             "r",
             "use_rslora",
-            # Biases that were trained are read with the saved modules.
-            "bias",
             # Training, and how PEFT itself runs.
             "beta1",
             "beta2",
@@ -117,7 +106,6 @@ FORMAT = PeftFormat(
             "total_step",
         },
         refused={
-            **COMMON_REFUSED,
             "alora_invocation_tokens": "PEFT's AdaLoRA cannot be activated by tokens: remove it",
             "arrow_config": "PEFT's AdaLoRA cannot be routed: remove it",
             "kasa_config": "PEFT's AdaLoRA has no KaSA: remove it",

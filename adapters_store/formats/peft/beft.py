@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from polydelta.adapters_store.delta import Bias
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers
 from polydelta.adapters_store.formats.peft_tensors import Parameters
@@ -28,11 +23,7 @@ def _read(_: Config, module: ModuleTensors) -> tuple[Bias]:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset(),
-        harmless=COMMON_HARMLESS | {"init_weights"},
-        refused=COMMON_REFUSED,
-    ),
+    rules=key_rules(harmless={"init_weights"}),
     parameters=Parameters((_BIAS,)),
     outline_module=_outline,
     read_module=_read,

@@ -13,18 +13,10 @@ from torch import Tensor
 from polydelta.adapters_store.delta import Dense
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft.oft import cayley
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-)
+from polydelta.adapters_store.formats.peft.rotations import cayley
+from polydelta.adapters_store.formats.peft_config import Config, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
-    linear_layers,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers
 from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 
@@ -78,21 +70,16 @@ def _permutation(entries: int, half: int, level: int) -> Tensor:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset(),
+    rules=key_rules(
         # How many factors and blocks there are, the tensors say: PEFT itself makes fewer factors
         # than the config asks for, where it cannot build its CUDA extension.
-        harmless=COMMON_HARMLESS
-        | MODULE_CHOICE
-        | {
-            "bias",
+        harmless={
             "boft_block_num",
             "boft_block_size",
             "boft_dropout",
             "boft_n_butterfly_factor",
             "init_weights",
         },
-        refused=COMMON_REFUSED,
     ),
     parameters=Parameters(required=(_R, _S)),
     outline_module=_outline,

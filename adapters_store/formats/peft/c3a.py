@@ -6,16 +6,10 @@ What PEFT stores is `in_features` times the change.
 from __future__ import annotations
 
 from polydelta.adapters_store.delta import Circulant
-from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import MODULE_CHOICE, linear_layers
+from polydelta.adapters_store.formats.peft_options import linear_layers
 from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 
@@ -29,24 +23,14 @@ def _outline(_: Config, shapes: ModuleShapes) -> ModuleOutline:
 
 def _read(_: Config, module: ModuleTensors) -> tuple[Circulant]:
     delta = Circulant(module[_KERNEL] / module.in_features)
-    if delta.shape != (module.out_features, module.in_features):
-        raise InvalidAdapterError(
-            f"The {_KERNEL} of {module.module!r} makes a change of shape {list(delta.shape)}, but "
-            f"the base model's layer has {[module.out_features, module.in_features]}: the adapter "
-            "was trained on another base."
-        )
+    module.check_change(delta.shape)
     return (delta,)
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset(),
-        # The kernel's shape says how large its blocks are; biases that were trained are saved
-        # modules.
-        harmless=COMMON_HARMLESS
-        | MODULE_CHOICE
-        | {"bias", "block_size", "block_size_pattern", "init_weights"},
-        refused=COMMON_REFUSED,
+    rules=key_rules(
+        # The kernel's shape says how large its blocks are.
+        harmless={"block_size", "block_size_pattern", "init_weights"},
     ),
     parameters=Parameters((_KERNEL,)),
     outline_module=_outline,

@@ -14,21 +14,14 @@ import torch
 from polydelta.adapters_store.delta import LowRank
 from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
     Config,
-    KeyRules,
     flag,
+    key_rules,
     number,
     positive_int,
 )
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
-    linear_layers,
-    one_of,
-    refuse_surplus,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers, one_of, refuse_surplus
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
@@ -87,13 +80,9 @@ def _read(settings: _Settings, module: ModuleTensors) -> tuple[LowRank]:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset({"alpha", "decomposition_method", "para", "r"}),
-        # Biases that were trained are saved modules.
-        harmless=COMMON_HARMLESS
-        | MODULE_CHOICE
-        | {"bias", "deft_dropout", "init_scale", "init_weights"},
-        refused=COMMON_REFUSED,
+    rules=key_rules(
+        honoured={"alpha", "decomposition_method", "para", "r"},
+        harmless={"deft_dropout", "init_scale", "init_weights"},
     ),
     parameters=Parameters((_P,), (_R,)),
     outline_module=_outline,

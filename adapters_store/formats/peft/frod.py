@@ -17,18 +17,9 @@ from polydelta.adapters_store.delta import Delta, Dense
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.files import Shape
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    flag,
-)
+from polydelta.adapters_store.formats.peft_config import Config, flag, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
-    linear_layers,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers
 from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
@@ -126,13 +117,9 @@ def _role(module: str) -> str:
 
 
 FORMAT = Frod(
-    rules=KeyRules(
-        honoured=frozenset({"save_projection"}),
-        harmless=COMMON_HARMLESS
-        | MODULE_CHOICE
-        | {
-            # Trained biases are in the file.
-            "bias",
+    rules=key_rules(
+        honoured={"save_projection"},
+        harmless={
             # How the projections were made, which are in the file.
             "projection_prng_key",
             "regularization_alpha",
@@ -143,7 +130,6 @@ FORMAT = Frod(
             "progressbar",
             "runtime_offload_base_weight",
         },
-        refused=COMMON_REFUSED,
     ),
     parameters=Parameters(required=(_DIAGONAL, _VALUES), optional=(_V, _PLACES, _SIZE)),
     outline_module=_outline,

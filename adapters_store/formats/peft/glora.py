@@ -7,6 +7,7 @@ a scale of each output, and a number for each by which the sum of the inputs is 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,21 +18,12 @@ from polydelta.adapters_store.delta import Bias, Delta, Dense, LowRank, Scale, S
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.files import Shape
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    linear_layers,
-    one_of,
-    refuse_surplus,
-    refuse_trained_biases,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers, one_of, refuse_surplus
 from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
+from polydelta.adapters_store.reference import CONFIG_FILE
 
 # Path -> the key that says how it is made, and in which ways it can be.
 _PATHS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -59,8 +51,12 @@ class _Settings:
 
 
 def _settings(config: Config) -> _Settings:
-    # They would be multiplied by D.
-    refuse_trained_biases(config)
+    # Trained biases of the base would be multiplied by D.
+    if config.get("bias") not in (None, "none"):
+        raise InvalidAdapterError(
+            f"{CONFIG_FILE}: bias is {reprlib.repr(config['bias'])}; trained biases of the base "
+            "are not served with GLoRA, which changes biases itself: train with bias='none'."
+        )
     return _Settings(
         {path: one_of(key, config.get(key), ways) for path, (key, ways) in _PATHS.items()}
     )
@@ -146,11 +142,10 @@ def _value(settings: _Settings, module: ModuleTensors, path: str, shape: Shape) 
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset({"bias", *(key for key, _ in _PATHS.values())}),
+    rules=key_rules(
+        honoured={"bias", *(key for key, _ in _PATHS.values())},
         # The rank has no part in the scale, and the tensors have it.
-        harmless=COMMON_HARMLESS | {"init_weights", "r"},
-        refused=COMMON_REFUSED,
+        harmless={"init_weights", "r"},
     ),
     parameters=Parameters(
         required=(),

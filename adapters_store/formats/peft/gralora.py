@@ -2,7 +2,8 @@
 r / k, and `hybrid_r` adds an ordinary LoRA.
 
 The inputs of block n have r numbers in common, of which the outputs of block j take the j-th r / k:
-as one LoRA it has rank k r, with zeros in A outside of block n, and in B outside of block j.
+as one LoRA it has rank k r, with zeros in A outside of block n, and in B outside of block j. Where
+that is more than the layer's smaller side, the blocks of the change itself are made instead.
 """
 
 from __future__ import annotations
@@ -15,21 +16,11 @@ from torch import Tensor
 from polydelta.adapters_store.delta import LowRank
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    number,
-    positive_int,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules, number, positive_int
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
-    linear_layers,
-    refuse_surplus,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers, refuse_surplus
 from polydelta.adapters_store.formats.peft_tensors import Parameters
+from polydelta.adapters_store.formats.ranks import low_rank_of
 from polydelta.adapters_store.reference import CONFIG_FILE
 
 _A, _B = "gralora_A", "gralora_B"
@@ -65,32 +56,41 @@ def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
     if hybrid_rank:
         why = f"hybrid_r = {hybrid_rank} in {CONFIG_FILE}"
         shapes.need(_HYBRID_A, _HYBRID_B)
-        shapes.check(_HYBRID_A, (hybrid_rank, *shapes[_HYBRID_A][1:2]), why)
-        shapes.check(_HYBRID_B, (*shapes[_HYBRID_B][:1], hybrid_rank), why)
+        shapes.check_factors(_HYBRID_A, _HYBRID_B, hybrid_rank, why)
     else:
         for parameter in (_HYBRID_A, _HYBRID_B):
             refuse_surplus(shapes, parameter, "hybrid_r is 0")
-    return ModuleOutline(LowRank.kind, blocks * rank + hybrid_rank)
+    sides = (blocks * size for size in (*shapes[_A][1:2], *shapes[_B][2:3]))
+    return ModuleOutline(LowRank.kind, min(blocks * rank + hybrid_rank, *sides))
 
 
 def _read(settings: _Settings, tensors: ModuleTensors) -> tuple[LowRank]:
     rank, hybrid_rank, blocks = settings.rank, settings.hybrid_rank, settings.blocks
     out, in_ = tensors.out_features, tensors.in_features
-    if out % blocks or in_ % blocks:
-        raise InvalidAdapterError(
-            f"{CONFIG_FILE}: gralora_k is {blocks}, which does not divide the base model's layer "
-            f"{tensors.module!r} of shape {[out, in_]}: load the adapter over the base that it was "
-            "trained on."
-        )
+    tensors.check_divides("gralora_k", blocks)
     tensors.check(_A, (blocks, in_ // blocks, rank))
     tensors.check(_B, (blocks, rank, out // blocks))
+    if hybrid_rank:
+        tensors.check_factors(_HYBRID_A, _HYBRID_B, hybrid_rank)
+    if blocks * rank + hybrid_rank > min(out, in_):
+        change = _change(tensors[_A], tensors[_B])
+        if hybrid_rank:
+            change += tensors[_HYBRID_B] @ tensors[_HYBRID_A]
+        return (low_rank_of(change * settings.scale),)
     a = torch.block_diag(*tensors[_A].transpose(1, 2))
     b = _spread(tensors[_B])
     if hybrid_rank:
-        tensors.check(_HYBRID_A, (hybrid_rank, in_))
-        tensors.check(_HYBRID_B, (out, hybrid_rank))
         a, b = torch.cat((a, tensors[_HYBRID_A])), torch.cat((b, tensors[_HYBRID_B]), 1)
     return (LowRank(a, b * settings.scale),)
+
+
+def _change(a: Tensor, b: Tensor) -> Tensor:
+    """[n, in / k, (j, s)] and [j, (n, s), out / k] -> [out, in]."""
+    blocks = len(a)
+    change = torch.einsum(
+        "ndjs,jnso->jond", a.unflatten(2, (blocks, -1)), b.unflatten(1, (blocks, -1))
+    )
+    return change.flatten(2).flatten(0, 1)
 
 
 def _spread(b: Tensor) -> Tensor:
@@ -105,11 +105,9 @@ def _spread(b: Tensor) -> Tensor:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset({"alpha", "gralora_k", "hybrid_r", "r"}),
-        # Biases that were trained are read with the saved modules.
-        harmless=COMMON_HARMLESS | MODULE_CHOICE | {"bias", "gralora_dropout", "init_weights"},
-        refused=COMMON_REFUSED,
+    rules=key_rules(
+        honoured={"alpha", "gralora_k", "hybrid_r", "r"},
+        harmless={"gralora_dropout", "init_weights"},
     ),
     parameters=Parameters((_A, _B), (_HYBRID_A, _HYBRID_B)),
     outline_module=_outline,

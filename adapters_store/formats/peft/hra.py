@@ -15,19 +15,9 @@ from torch import Tensor
 from polydelta.adapters_store.delta import LowRank
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    flag,
-    positive_int,
-)
+from polydelta.adapters_store.formats.peft_config import Config, flag, key_rules, positive_int
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
-    linear_layers,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
@@ -88,12 +78,7 @@ def _orthonormal(module: str, u: Tensor, lengths: Tensor) -> Tensor:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset({"apply_GS", "r"}),
-        # Biases that were trained are saved modules.
-        harmless=COMMON_HARMLESS | MODULE_CHOICE | {"bias", "init_weights"},
-        refused=COMMON_REFUSED,
-    ),
+    rules=key_rules(honoured={"apply_GS", "r"}, harmless={"init_weights"}),
     parameters=Parameters((_U,)),
     outline_module=_outline,
     read_module=_read,

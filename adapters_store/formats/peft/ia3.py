@@ -9,16 +9,10 @@ from collections.abc import Callable
 from polydelta.adapters_store.delta import Scale, Side
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    flag,
-)
+from polydelta.adapters_store.formats.peft_config import Config, flag, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers
-from polydelta.adapters_store.formats.peft_patterns import PatternTable
+from polydelta.adapters_store.formats.peft_patterns import PatternTable, ends_in
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
@@ -38,8 +32,8 @@ def _is_feedforward(config: Config) -> _IsFeedforward:
         whole = {rf"\A(?:{modules})": True}
         return PatternTable("feedforward_modules", whole, False, flag).__getitem__
     if isinstance(modules, list) and all(isinstance(ending, str) for ending in modules):
-        endings = tuple(modules)
-        return lambda module: module.endswith(endings)
+        endings = frozenset(modules)
+        return lambda module: ends_in(module, endings)
     raise InvalidAdapterError(
         f"{CONFIG_FILE}: feedforward_modules is {reprlib.repr(modules)}, but must be a list of "
         "names or a regular expression."
@@ -76,11 +70,7 @@ def _side(is_feedforward: _IsFeedforward, shapes: ModuleShapes) -> Side:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset({"feedforward_modules"}),
-        harmless=COMMON_HARMLESS | {"exclude_modules", "init_ia3_weights"},
-        refused=COMMON_REFUSED,
-    ),
+    rules=key_rules(honoured={"feedforward_modules"}, harmless={"init_ia3_weights"}),
     parameters=Parameters((_VECTOR,)),
     outline_module=_outline,
     read_module=_read,

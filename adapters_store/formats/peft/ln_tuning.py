@@ -5,12 +5,7 @@ from __future__ import annotations
 from polydelta.adapters_store.delta import NormWeight
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 
@@ -33,11 +28,7 @@ def _read(_: Config, module: ModuleTensors) -> tuple[NormWeight]:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset(),
-        harmless=COMMON_HARMLESS | {"exclude_modules"},
-        refused=COMMON_REFUSED,
-    ),
+    rules=key_rules(),
     parameters=Parameters((_WEIGHT,), (_BIAS,)),
     outline_module=_outline,
     read_module=_read,

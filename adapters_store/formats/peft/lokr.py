@@ -10,17 +10,9 @@ from torch import Tensor
 from polydelta.adapters_store.delta import Kronecker
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    mapping,
-    number,
-    positive_int,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import MODULE_CHOICE, linear_layers
+from polydelta.adapters_store.formats.peft_options import alpha_table, linear_layers, rank_table
 from polydelta.adapters_store.formats.peft_patterns import PatternTable
 from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
@@ -38,12 +30,7 @@ class _Settings:
 
 
 def _settings(config: Config) -> _Settings:
-    ranks = mapping("rank_pattern", config.get("rank_pattern"))
-    alphas = mapping("alpha_pattern", config.get("alpha_pattern"))
-    return _Settings(
-        PatternTable("rank_pattern", ranks, positive_int("r", config.get("r")), positive_int),
-        PatternTable("alpha_pattern", alphas, number("alpha", config.get("alpha")), number),
-    )
+    return _Settings(rank_table(config), alpha_table("alpha", config))
 
 
 def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
@@ -70,20 +57,14 @@ def _check_factor(factor: str, rank: int, why: str, shapes: ModuleShapes) -> Non
         dimensions(shapes, factor, 2)
     elif a in shapes or b in shapes:
         shapes.need(a, b)
-        shapes.check(a, (*shapes[a][:1], rank), why)
-        shapes.check(b, (rank, *shapes[b][-1:]), why)
+        shapes.check_factors(b, a, rank, why)
     else:
         shapes.need(factor)
 
 
 def _read(settings: _Settings, module: ModuleTensors) -> tuple[Kronecker]:
     (a, b), (c, d) = (_shape(factor, module.shapes) for factor in _FACTORS)
-    if (a * c, b * d) != (module.out_features, module.in_features):
-        raise InvalidAdapterError(
-            f"The factors of {module.module!r} make a change of shape {[a * c, b * d]}, but the "
-            f"base model's layer has {[module.out_features, module.in_features]}: the adapter was "
-            "trained on another base."
-        )
+    module.check_change((a * c, b * d))
     left, right = (_value(factor, module) for factor in _FACTORS)
     scale = settings.alphas[module.module] / settings.ranks[module.module]
     return (Kronecker(left, right * scale),)
@@ -100,11 +81,9 @@ def _value(factor: str, module: ModuleTensors) -> Tensor:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset({"alpha", "alpha_pattern", "r", "rank_pattern"}),
-        harmless=COMMON_HARMLESS
-        | MODULE_CHOICE
-        | {
+    rules=key_rules(
+        honoured={"alpha", "alpha_pattern", "r", "rank_pattern"},
+        harmless={
             # How the factors were started, and their sizes chosen; the file has the factors.
             "decompose_both",
             "decompose_factor",
@@ -115,7 +94,6 @@ FORMAT = PeftFormat(
             # About convolutions.
             "use_effective_conv2d",
         },
-        refused=COMMON_REFUSED,
     ),
     parameters=Parameters(
         (), (*(f"{factor}{part}" for factor in _FACTORS for part in ("", "_a", "_b")), _CORE)

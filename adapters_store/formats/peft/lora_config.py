@@ -9,56 +9,46 @@ from enum import StrEnum
 
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
     Config,
-    KeyRules,
     flag,
+    key_rules,
     mapping,
-    number,
     positive_int,
     strings,
     token_ids,
 )
+from polydelta.adapters_store.formats.peft_options import alpha_table, rank_table
 from polydelta.adapters_store.formats.peft_patterns import PatternTable
 from polydelta.adapters_store.reference import CONFIG_FILE
 
-KEY_RULES = KeyRules(
-    honoured=frozenset(
-        {
-            "alora_invocation_tokens",
-            "alpha_pattern",
-            "bias",
-            "init_lora_weights",
-            "kasa_config",
-            "lora_alpha",
-            "lora_bias",
-            "monteclora_config",
-            "qalora_group_size",
-            "r",
-            "rank_pattern",
-            "trainable_token_indices",
-            "use_bdlora",
-            "use_dora",
-            "use_qalora",
-            "use_rslora",
-            "velora_config",
-        }
-    ),
-    harmless=COMMON_HARMLESS
-    | {
+KEY_RULES = key_rules(
+    honoured={
+        "alora_invocation_tokens",
+        "alpha_pattern",
+        "bias",
+        "init_lora_weights",
+        "kasa_config",
+        "lora_alpha",
+        "lora_bias",
+        "monteclora_config",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_dora",
+        "use_qalora",
+        "use_rslora",
+        "velora_config",
+    },
+    harmless={
         # How weights were started; where that changed the base, `init_lora_weights` says so.
         "corda_config",
         "eva_config",
         "loftq_config",
         "lora_ga_config",
-        # Which modules were adapted; the tensors' names say it.
-        "exclude_modules",
-        "layers_pattern",
-        "layers_to_transform",
         # The file has the tensors of both of two modules that were kept the same.
         "ensure_weight_tying",
-        # PEFT switches it off for layers that store weights as [out, in], as those here do.
-        "fan_in_fan_out",
         # Training, and how PEFT itself runs.
         "lora_dropout",
         "megatron_core",
@@ -79,6 +69,10 @@ KEY_RULES = KeyRules(
 _PLAIN_INITS = ("eva", "gaussian", "mica", "orthogonal")
 # Those that do not, and that PEFT can convert.
 _CONVERTED_INITS = ("pissa", "corda", "olora", "lora_ga")
+
+
+# Each is looked for in each module's name.
+_MAX_NAME_PARTS = 64
 
 
 class Variant(StrEnum):
@@ -150,13 +144,9 @@ class LoraSettings:
             raise _cannot_combine(("use_qalora", variant))
         if bias and (group is not None or variant is Variant.DORA):
             raise _cannot_combine(("lora_bias", "use_dora" if group is None else "use_qalora"))
-        ranks = mapping("rank_pattern", config.get("rank_pattern"))
-        alphas = mapping("alpha_pattern", config.get("alpha_pattern"))
-        rank = positive_int("r", config.get("r"))
-        alpha = number("lora_alpha", config.get("lora_alpha"))
         return cls(
-            PatternTable("rank_pattern", ranks, rank, positive_int),
-            PatternTable("alpha_pattern", alphas, alpha, number),
+            rank_table(config),
+            alpha_table("lora_alpha", config),
             flag("use_rslora", config.get("use_rslora")),
             variant,
             bias,
@@ -248,11 +238,21 @@ def _block_patterns(config: Config) -> BlockPatterns:
             "it does to the weights is not either: remove it if it is about training only."
         )
     return BlockPatterns(
-        tuple(strings("target_modules_bd_a", options.get("target_modules_bd_a"))),
-        tuple(strings("target_modules_bd_b", options.get("target_modules_bd_b"))),
+        _name_parts("target_modules_bd_a", options),
+        _name_parts("target_modules_bd_b", options),
         positive_int("nblocks", options.get("nblocks", 1)),
         flag("match_strict", options.get("match_strict", True)),
     )
+
+
+def _name_parts(field: str, options: Config) -> tuple[str, ...]:
+    parts = strings(field, options.get(field))
+    if len(parts) > _MAX_NAME_PARTS:
+        raise InvalidAdapterError(
+            f"{CONFIG_FILE}: {field} of use_bdlora has {len(parts)} parts of names, more than "
+            f"{_MAX_NAME_PARTS}: write those that modules have in common."
+        )
+    return tuple(parts)
 
 
 def _cannot_combine(keys: tuple[str, ...] | list[Variant]) -> InvalidAdapterError:

@@ -15,18 +15,9 @@ import torch
 from polydelta.adapters_store.delta import Delta, Dense, LowRank
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    positive_int,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules, positive_int
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
-    linear_layers,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
@@ -71,7 +62,9 @@ class _Miss:
         return ModuleOutline(LowRank.kind, rank)
 
     def read(self, settings: _Settings, tensors: ModuleTensors) -> tuple[Delta]:
-        rank, out, in_ = settings.rank, tensors.out_features, tensors.in_features
+        out, in_ = tensors.out_features, tensors.in_features
+        # What lies beyond the inputs meets the zeros of the padding.
+        rank = min(settings.rank, in_)
         block = tensors[self.block]
         match settings.variant:
             case "bat":
@@ -85,18 +78,14 @@ class _Miss:
                     )
                 block = block.repeat(1, out // settings.mini_r)
             case _:
-                tensors.check(self.block, (rank, out))
+                tensors.check(self.block, (settings.rank, out))
+        block = block[:rank]
         a = torch.eye(rank).repeat(1, -(-in_ // rank))[:, :in_]
         return (LowRank(a.contiguous(), block.T.contiguous()),)
 
     def _bat(self, settings: _Settings, tensors: ModuleTensors) -> Dense:
         rank, out, in_ = settings.rank, tensors.out_features, tensors.in_features
-        if out % rank or in_ % rank:
-            raise InvalidAdapterError(
-                f"{CONFIG_FILE}: r is {rank}, which does not divide the base model's layer "
-                f"{tensors.module!r} of shape {[out, in_]}: load the adapter over the base that it "
-                "was trained on."
-            )
+        tensors.check_divides("r", rank)
         tensors.check(self.block, (out // rank, rank, rank))
         block = tensors[self.block]
         # [in / r, out / r, r, r]
@@ -105,11 +94,9 @@ class _Miss:
 
     def format(self, honoured: frozenset[str], harmless: frozenset[str]) -> PeftFormat[_Settings]:
         return PeftFormat(
-            rules=KeyRules(
+            rules=key_rules(
                 honoured=honoured | {"init_weights", "r"},
-                # Biases that were trained are read with the saved modules.
-                harmless=COMMON_HARMLESS | MODULE_CHOICE | {"bias", *harmless},
-                refused=COMMON_REFUSED,
+                harmless=harmless,
             ),
             parameters=Parameters((self.block,)),
             outline_module=self.outline,

@@ -18,20 +18,16 @@ from torch import Tensor
 from polydelta.adapters_store.delta import Dense
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
+from polydelta.adapters_store.formats.peft.rotations import cayley, cayley_series, skew_symmetric
 from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
     Config,
-    KeyRules,
     flag,
+    key_rules,
     number,
     positive_int,
 )
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
-    linear_layers,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers
 from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
@@ -98,38 +94,15 @@ def _read(settings: _Settings, module: ModuleTensors) -> tuple[Dense]:
             f"model's layer has {module.in_features} inputs: load it over the base that it was "
             "trained on."
         )
-    skew = _skew(module[_R], size)
+    skew = skew_symmetric(module[_R], size)
     if settings.limit is not None:
         skew = _constrained(skew, settings.limit / math.sqrt(blocks))
-    rotations = cayley(skew) if settings.terms is None else _series(skew, settings.terms)
+    rotations = cayley(skew) if settings.terms is None else cayley_series(skew, settings.terms)
     weight = module.weight()
     # [out, blocks, size]
     parts = weight.view(module.out_features, -1, size)
     rotated = torch.einsum("obi,bji->obj", parts, rotations.repeat(repeats, 1, 1))
     return (Dense(rotated.reshape(weight.shape) - weight),)
-
-
-def cayley(skew: Tensor) -> Tensor:
-    """`(I - skew) (I + skew)^-1`, which is orthogonal, of each block: `[blocks, size, size]`."""
-    identity = torch.eye(skew.shape[-1])
-    rotations: Tensor = torch.linalg.solve(identity + skew, identity - skew, left=False)
-    return rotations
-
-
-def _series(skew: Tensor, terms: int) -> Tensor:
-    """PEFT's sum of powers in place of the inverse: `I + 2 Q + 2 Q^2 + ...`, whose last power is
-    taken once, and comes after Q^2 even where that is more than the terms asked for."""
-    total = torch.eye(skew.shape[-1]).repeat(len(skew), 1, 1)
-    if terms == 1:
-        return total
-    if terms == 2:
-        return total + 2 * skew
-    power = skew @ skew
-    total = total + 2 * skew + 2 * power
-    for _ in range(3, terms - 1):
-        power = power @ skew
-        total = total + 2 * power
-    return total + power @ skew
 
 
 def _constrained(skew: Tensor, limit: float) -> Tensor:
@@ -138,36 +111,23 @@ def _constrained(skew: Tensor, limit: float) -> Tensor:
     return torch.where(norms <= limit, skew, skew * (limit / norms))
 
 
-def _skew(triangles: Tensor, size: int) -> Tensor:
-    """triangles: [blocks, size * (size - 1) / 2], row by row -> [blocks, size, size]."""
-    rows, columns = torch.triu_indices(size, size, 1)
-    upper = torch.zeros(len(triangles), size, size)
-    upper[:, rows, columns] = triangles
-    return upper - upper.transpose(1, 2)
-
-
 def _block_size(entries: int) -> int:
     """Of a block whose upper triangle has so many entries; rounded down where none has."""
     return (1 + math.isqrt(1 + 8 * entries)) // 2
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset(
-            {
-                "block_share",
-                "coft",
-                "eps",
-                "num_cayley_neumann_terms",
-                "peft_version",
-                "use_cayley_neumann",
-            }
-        ),
+    rules=key_rules(
+        honoured={
+            "block_share",
+            "coft",
+            "eps",
+            "num_cayley_neumann_terms",
+            "peft_version",
+            "use_cayley_neumann",
+        },
         # The blocks' number and size, as PEFT fits them to each layer, the tensors say.
-        harmless=COMMON_HARMLESS
-        | MODULE_CHOICE
-        | {"bias", "init_weights", "module_dropout", "oft_block_size", "r"},
-        refused=COMMON_REFUSED,
+        harmless={"init_weights", "module_dropout", "oft_block_size", "r"},
     ),
     parameters=Parameters(required=(_R,)),
     outline_module=_outline,

@@ -10,16 +10,9 @@ import torch
 
 from polydelta.adapters_store.delta import Dense, LowRank
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    linear_layers,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers
 from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 
@@ -45,8 +38,7 @@ def _read(_config: Config, module: ModuleTensors) -> tuple[LowRank | Dense]:
     outputs, inputs = module.out_features, module.in_features
     # A layer has no more components.
     rank = min(module.shapes[_U][1], outputs, inputs)
-    module.check(_U, (outputs, rank))
-    module.check(_V, (rank, inputs))
+    module.check_factors(_V, _U, rank)
     u, s, v = torch.linalg.svd(module.weight(), full_matrices=False)
     kept = len(s) - rank
     a = torch.cat((module[_V], v[kept:]))
@@ -55,12 +47,9 @@ def _read(_config: Config, module: ModuleTensors) -> tuple[LowRank | Dense]:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset(),
+    rules=key_rules(
         # How many components were kept, the tensors say; PEFT itself ignores target_svd_config.
-        harmless=COMMON_HARMLESS
-        | {"effective_rank", "init_weights", "rank_pattern", "target_svd_config"},
-        refused=COMMON_REFUSED,
+        harmless={"effective_rank", "init_weights", "rank_pattern", "target_svd_config"},
     ),
     parameters=Parameters(required=(_U, _S, _V)),
     outline_module=_outline,

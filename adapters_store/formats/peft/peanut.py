@@ -20,20 +20,9 @@ from torch.nn import functional as F
 from polydelta.adapters_store.delta import LowRank
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    number,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules, number
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
-    linear_layers,
-    one_of,
-    refuse_surplus,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers, one_of, refuse_surplus
 from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
@@ -122,11 +111,10 @@ def _read(settings: _Settings, module: ModuleTensors) -> tuple[LowRank]:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset({"act_fn", "depth", "scaling"}),
+    rules=key_rules(
+        honoured={"act_fn", "depth", "scaling"},
         # The rank, the tensors say.
-        harmless=COMMON_HARMLESS | MODULE_CHOICE | {"init_weights", "r"},
-        refused=COMMON_REFUSED,
+        harmless={"init_weights", "r"},
     ),
     parameters=Parameters(required=(_A, _B), optional=_ENCODERS + _DECODERS),
     outline_module=_outline,

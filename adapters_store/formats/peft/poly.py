@@ -7,28 +7,17 @@ parts, each of which has shares of its own.
 
 from __future__ import annotations
 
-import reprlib
 from dataclasses import dataclass
 
 import torch
 
 from polydelta.adapters_store.delta import LowRank
-from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    positive_int,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules, positive_int
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import MODULE_CHOICE, linear_layers, one_of
+from polydelta.adapters_store.formats.peft_options import TASK, linear_layers, one_of, task_id
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
-
-# PEFT is told the task with each request; an adapter here is one of its tasks.
-TASK_KEY = "polydelta_task_id"
 
 _A, _B, _LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
 _EPSILON = 1e-12
@@ -48,23 +37,7 @@ def _settings(config: Config) -> _Settings:
     rank, tasks, skills, splits = (
         positive_int(key, config.get(key)) for key in ("r", "n_tasks", "n_skills", "n_splits")
     )
-    return _Settings(rank, tasks, skills, splits, _task(config.get(TASK_KEY), tasks))
-
-
-def _task(task: object, tasks: int) -> int:
-    if task is None and tasks == 1:
-        return 0
-    if task is None:
-        raise InvalidAdapterError(
-            f"{CONFIG_FILE}: {TASK_KEY} is missing, but the adapter has {tasks} tasks (n_tasks): "
-            f"add {TASK_KEY}, a number from 0 to {tasks - 1}; each task is an adapter of its own."
-        )
-    if not isinstance(task, int) or isinstance(task, bool) or not 0 <= task < tasks:
-        raise InvalidAdapterError(
-            f"{CONFIG_FILE}: {TASK_KEY} is {reprlib.repr(task)}, but must be a whole number from 0 "
-            f"to {tasks - 1} (n_tasks)."
-        )
-    return task
+    return _Settings(rank, tasks, skills, splits, task_id("n_tasks", config))
 
 
 def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
@@ -79,12 +52,7 @@ def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
 def _read(settings: _Settings, tensors: ModuleTensors) -> tuple[LowRank]:
     rank, skills, splits = settings.rank, settings.skills, settings.splits
     out, in_ = tensors.out_features, tensors.in_features
-    if out % splits or in_ % splits:
-        raise InvalidAdapterError(
-            f"{CONFIG_FILE}: n_splits is {splits}, which does not divide the base model's layer "
-            f"{tensors.module!r} of shape {[out, in_]}: load the adapter over the base that it was "
-            "trained on."
-        )
+    tensors.check_divides("n_splits", splits)
     tensors.check(_A, (splits, skills, in_ // splits, rank))
     tensors.check(_B, (splits, skills, rank, out // splits))
     # [splits, skills]
@@ -96,10 +64,9 @@ def _read(settings: _Settings, tensors: ModuleTensors) -> tuple[LowRank]:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset({TASK_KEY, "n_skills", "n_splits", "n_tasks", "poly_type", "r"}),
-        harmless=COMMON_HARMLESS | MODULE_CHOICE | {"init_weights"},
-        refused=COMMON_REFUSED,
+    rules=key_rules(
+        honoured={TASK, "n_skills", "n_splits", "n_tasks", "poly_type", "r"},
+        harmless={"init_weights"},
     ),
     parameters=Parameters((_A, _B, _LOGITS)),
     outline_module=_outline,

@@ -11,75 +11,53 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from polydelta.adapters_store.base_layout import MODEL, BaseLayout
-from polydelta.adapters_store.delta import Delta, Prefix
-from polydelta.adapters_store.formats.files import Shape, to_float32
-from polydelta.adapters_store.formats.outline import ModuleOutline
+from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.adapters_store.delta import Prefix
+from polydelta.adapters_store.formats.files import Shape
 from polydelta.adapters_store.formats.peft.virtual_tokens import (
     EMBEDDINGS,
     HONOURED,
-    check_names,
+    VirtualTokenFormat,
     check_size,
     num_virtual_tokens,
 )
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    positive_int,
-)
-from polydelta.adapters_store.formats.peft_tensors import check_shape
-from polydelta.adapters_store.reference import CONFIG_FILE
-
-KEY_RULES = KeyRules(
-    honoured=HONOURED | {"num_attention_heads", "num_layers"},
-    harmless=COMMON_HARMLESS
-    | {
-        # How the prefix was started, and what made it in training.
-        "encoder_hidden_size",
-        "init_weights",
-        "prefix_projection",
-        # Of a Cartridge: tokens that training left as they were.
-        "num_frozen_tokens",
-    },
-    refused=COMMON_REFUSED,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules, positive_int
 
 
-def outline(config: Config, shapes: Mapping[str, Shape]) -> dict[str, ModuleOutline]:
-    """The one prefix, from the config and the tensor's shape alone.
-
-    Raises InvalidAdapterError for all that is wrong whatever the base.
-    """
-    KEY_RULES.check(config)
-    check_names(shapes, (EMBEDDINGS,))
-    size = 2 * _positive(config, "num_layers") * _positive(config, "token_dim")
-    _positive(config, "num_attention_heads")
-    check_shape(
-        EMBEDDINGS,
-        shapes[EMBEDDINGS],
-        (num_virtual_tokens(config), size),
-        f"num_virtual_tokens, and 2 * num_layers * token_dim, in {CONFIG_FILE}",
+def _shapes(config: Config) -> dict[str, Shape]:
+    layers, size, _ = (
+        positive_int(field, config.get(field))
+        for field in ("num_layers", "token_dim", "num_attention_heads")
     )
-    return {MODEL: ModuleOutline(Prefix.kind, 0)}
+    return {EMBEDDINGS: (num_virtual_tokens(config), 2 * layers * size)}
 
 
-def read(
-    config: Config, tensors: Mapping[str, Tensor], layout: BaseLayout
-) -> dict[str, tuple[Delta, ...]]:
-    """The prefix, in float32. Raises InvalidAdapterError."""
-    outline(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+def _read(config: Config, tensors: Mapping[str, Tensor], layout: BaseLayout) -> Prefix:
     check_size("num_layers", config["num_layers"], layout.num_layers)
     # PEFT writes the number of heads that have keys under this name.
     check_size("num_attention_heads", config["num_attention_heads"], layout.num_kv_heads)
     check_size("token_dim", config["token_dim"], layout.num_kv_heads * layout.head_dim)
     # [n, layers, 2, kv_heads, head_dim]
-    keys_values = to_float32(EMBEDDINGS, tensors[EMBEDDINGS]).view(
+    keys_values = tensors[EMBEDDINGS].view(
         -1, layout.num_layers, 2, layout.num_kv_heads, layout.head_dim
     )
-    return {MODEL: (Prefix(keys_values.permute(1, 2, 0, 3, 4).contiguous()),)}
+    return Prefix(keys_values.permute(1, 2, 0, 3, 4).contiguous())
 
 
-def _positive(config: Config, field: str) -> int:
-    return positive_int(field, config.get(field))
+FORMAT = VirtualTokenFormat(
+    rules=key_rules(
+        honoured=HONOURED | {"num_attention_heads", "num_layers"},
+        harmless={
+            # How the prefix was started, and what made it in training.
+            "encoder_hidden_size",
+            "init_weights",
+            "prefix_projection",
+            # Of a Cartridge: tokens that training left as they were.
+            "num_frozen_tokens",
+        },
+    ),
+    kind=Prefix.kind,
+    sizes="num_virtual_tokens, and 2 * num_layers * token_dim,",
+    shapes=_shapes,
+    read_tokens=_read,
+)

@@ -8,30 +8,20 @@ files have the sums.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from polydelta.adapters_store.base_layout import MODEL, BaseLayout
-from polydelta.adapters_store.delta import Delta, Prompt
-from polydelta.adapters_store.formats.files import Shape, to_float32
-from polydelta.adapters_store.formats.outline import ModuleOutline
+from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.adapters_store.delta import Prompt
+from polydelta.adapters_store.formats.files import Shape
 from polydelta.adapters_store.formats.peft.virtual_tokens import (
     EMBEDDINGS,
     HONOURED,
-    check_names,
+    VirtualTokenFormat,
     check_size,
     num_virtual_tokens,
 )
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    positive_int,
-)
-from polydelta.adapters_store.formats.peft_tensors import check_shape
-from polydelta.adapters_store.reference import CONFIG_FILE
+from polydelta.adapters_store.formats.peft_config import Config, key_rules, positive_int
 
 # Of the base that it was trained on, and without a part in the forward pass.
 OF_BASE = frozenset({"num_attention_heads", "num_layers"})
@@ -46,44 +36,31 @@ INITIALISATION = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class PromptFormat:
-    """A parser of one of these formats: they differ in how they train, so in their keys alone."""
-
-    training: frozenset[str]
-
-    @property
-    def rules(self) -> KeyRules:
-        return KeyRules(HONOURED, COMMON_HARMLESS | OF_BASE | self.training, COMMON_REFUSED)
-
-    def outline(self, config: Config, shapes: Mapping[str, Shape]) -> dict[str, ModuleOutline]:
-        """The one prompt, from the config and the tensor's shape alone.
-
-        Raises InvalidAdapterError for all that is wrong whatever the base.
-        """
-        self.rules.check(config)
-        check_names(shapes, (EMBEDDINGS,))
-        check_embeddings(config, shapes[EMBEDDINGS])
-        return {MODEL: ModuleOutline(Prompt.kind, 0)}
-
-    def read(
-        self, config: Config, tensors: Mapping[str, Tensor], layout: BaseLayout
-    ) -> dict[str, tuple[Delta, ...]]:
-        """The prompt, in float32. Raises InvalidAdapterError."""
-        self.outline(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        check_size("token_dim", config["token_dim"], layout.hidden_size)
-        return {MODEL: (Prompt(to_float32(EMBEDDINGS, tensors[EMBEDDINGS])),)}
+def embedding_shapes(config: Config) -> dict[str, Shape]:
+    """Raises InvalidAdapterError."""
+    size = positive_int("token_dim", config.get("token_dim"))
+    return {EMBEDDINGS: (num_virtual_tokens(config), size)}
 
 
-def check_embeddings(config: Config, shape: Shape) -> None:
-    """Raises InvalidAdapterError unless it is `[n, hidden]` as the config has them."""
-    expected = num_virtual_tokens(config), positive_int("token_dim", config.get("token_dim"))
-    why = f"num_virtual_tokens and token_dim in {CONFIG_FILE}"
-    check_shape(EMBEDDINGS, shape, expected, why)
+def read_embeddings(config: Config, tensors: Mapping[str, Tensor], layout: BaseLayout) -> Prompt:
+    """Raises InvalidAdapterError for those of another base."""
+    check_size("token_dim", config["token_dim"], layout.hidden_size)
+    return Prompt(tensors[EMBEDDINGS])
 
 
-PROMPT_TUNING = PromptFormat(INITIALISATION)
-P_TUNING = PromptFormat(
+def _format(training: frozenset[str]) -> VirtualTokenFormat:
+    """These formats differ in how they train, so in their keys alone."""
+    return VirtualTokenFormat(
+        rules=key_rules(HONOURED, OF_BASE | training),
+        kind=Prompt.kind,
+        sizes="num_virtual_tokens and token_dim",
+        shapes=embedding_shapes,
+        read_tokens=read_embeddings,
+    )
+
+
+PROMPT_TUNING = _format(INITIALISATION)
+P_TUNING = _format(
     frozenset(
         {
             "encoder_dropout",
@@ -93,7 +70,7 @@ P_TUNING = PromptFormat(
         }
     )
 )
-CPT = PromptFormat(
+CPT = _format(
     frozenset(
         {
             # The tokens that it started from, and which of them could change how much.

@@ -14,7 +14,6 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,18 +21,16 @@ from torch import Tensor
 from polydelta.adapters_store.delta import LowRank
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
+from polydelta.adapters_store.formats.peft.rotations import cayley, cayley_series, skew_symmetric
 from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
     Config,
-    KeyRules,
     flag,
+    key_rules,
     number,
     positive_int,
 )
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
     linear_layers,
     one_of,
     refuse_surplus,
@@ -46,8 +43,8 @@ _R, _ROWS, _COLUMNS = "psoft_R.weight", "psoft_R.vector_b", "psoft_R.vector_a"
 # By the option that says whether it is there.
 _VECTORS = {"psoft_mag_b": _ROWS, "psoft_mag_a": _COLUMNS}
 _INITS = ("psoft_init", "pissa_init")
-# Of a basis or a sum of powers; more bring it no closer.
-_MAX_STEPS = 100
+# Of a basis or a sum of powers: twice PEFT's default. A step for a large layer may take a second.
+_MAX_STEPS = 20
 
 # Of the largest singular value: vectors of values closer than this are rounding error's choice.
 _MIN_GAP = 1e-6
@@ -76,30 +73,11 @@ class _Cayley:
 
     def __call__(self, q: Tensor) -> Tensor:
         """`(I + Q) (I - Q)^-1`, or terms of its series `I + 2 Q + 2 Q^2 + ...`."""
-        identity = torch.eye(q.shape[0])
         if self.terms is None:
-            return _solve(identity - q, identity + q)
+            return cayley(-q)
         if self.max_norm is not None and (norm := torch.linalg.norm(q)) > self.max_norm:
             q = q * (self.max_norm / norm)
-        if self.terms <= 2:
-            return identity + 2 * q if self.terms == 2 else identity
-        # As PEFT sums it: the last power counts once, and 3 terms are what 4 are.
-        total, power = identity + 2 * q, q
-        for _ in range(max(self.terms, 4) - 3):
-            power = power @ q
-            total = total + 2 * power
-        return total + power @ q
-
-
-def _solve(divisor: Tensor, dividend: Tensor) -> Tensor:
-    """`dividend @ divisor^-1`."""
-    quotient, failed = torch.linalg.solve_ex(divisor, dividend, left=False)
-    if failed:
-        raise InvalidAdapterError(
-            f"A {_R} has numbers so large that no rotation can be made of it: take an earlier "
-            "checkpoint."
-        )
-    return cast(Tensor, quotient)
+        return cayley_series(q, self.terms)
 
 
 @dataclass(frozen=True)
@@ -214,9 +192,7 @@ def _rotation(settings: _Settings, module: ModuleTensors) -> Tensor:
     """R, [rank, rank]."""
     rotation, rank = module[_R], settings.rank
     if settings.cayley is not None:
-        upper = torch.zeros(rank, rank)
-        upper[*torch.triu_indices(rank, rank, 1)] = rotation
-        rotation = settings.cayley(upper - upper.T)
+        rotation = settings.cayley(skew_symmetric(rotation, rank))
     if _ROWS in module:
         rotation = module[_ROWS].unsqueeze(1) * rotation
     if _COLUMNS in module:
@@ -225,25 +201,22 @@ def _rotation(settings: _Settings, module: ModuleTensors) -> Tensor:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset(
-            {
-                "ab_svd_init",
-                "cayley_neumann_eps",
-                "num_cayley_neumann_terms",
-                "psoft_alpha",
-                "psoft_mag_a",
-                "psoft_mag_b",
-                "psoft_orth",
-                "psoft_svd",
-                "psoft_svd_lowrank_niter",
-                "r",
-                "random_seed",
-                "use_cayley_neumann",
-            }
-        ),
-        harmless=COMMON_HARMLESS | MODULE_CHOICE | {"init_weights", "psoft_dropout"},
-        refused=COMMON_REFUSED,
+    rules=key_rules(
+        honoured={
+            "ab_svd_init",
+            "cayley_neumann_eps",
+            "num_cayley_neumann_terms",
+            "psoft_alpha",
+            "psoft_mag_a",
+            "psoft_mag_b",
+            "psoft_orth",
+            "psoft_svd",
+            "psoft_svd_lowrank_niter",
+            "r",
+            "random_seed",
+            "use_cayley_neumann",
+        },
+        harmless={"init_weights", "psoft_dropout"},
     ),
     parameters=Parameters((_R,), (_ROWS, _COLUMNS)),
     outline_module=_outline,

@@ -21,21 +21,14 @@ from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.files import Shape
 from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
     Config,
-    KeyRules,
     flag,
+    key_rules,
     number,
     positive_int,
 )
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
-    linear_layers,
-    refuse_surplus,
-    seed,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers, refuse_surplus, seed
 from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
@@ -161,19 +154,16 @@ def _uniform(shape: Shape, generator: torch.Generator) -> Tensor:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset(
-            {
-                "projection_prng_key",
-                "r",
-                "randlora_alpha",
-                "save_projection",
-                "sparse",
-                "very_sparse",
-            }
-        ),
-        harmless=COMMON_HARMLESS | MODULE_CHOICE | {"bias", "init_weights", "randlora_dropout"},
-        refused=COMMON_REFUSED,
+    rules=key_rules(
+        honoured={
+            "projection_prng_key",
+            "r",
+            "randlora_alpha",
+            "save_projection",
+            "sparse",
+            "very_sparse",
+        },
+        harmless={"init_weights", "randlora_dropout"},
     ),
     parameters=Parameters((_LAMBDA, _GAMMA), optional=(_A, _B), shared=(_SHARED_A, _SHARED_B)),
     outline_module=_outline,

@@ -16,13 +16,7 @@ from torch import Tensor
 from polydelta.adapters_store.delta import Rotate
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    positive_int,
-)
+from polydelta.adapters_store.formats.peft_config import Config, key_rules, positive_int
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers, one_of
 from polydelta.adapters_store.formats.peft_tensors import Parameters
@@ -84,11 +78,7 @@ def _angles(vector: Tensor, angles: int, half: int) -> Tensor:
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset({"group_size", "variant"}),
-        harmless=COMMON_HARMLESS | {"init_weights"},
-        refused=COMMON_REFUSED,
-    ),
+    rules=key_rules(honoured={"group_size", "variant"}, harmless={"init_weights"}),
     parameters=Parameters((_THETA, _ALPHA)),
     outline_module=_outline,
     read_module=_read,

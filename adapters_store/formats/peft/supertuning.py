@@ -15,11 +15,9 @@ from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.csr import sparse_from_entries
 from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
     Config,
-    KeyRules,
     flag,
+    key_rules,
     number,
     positive_int,
 )
@@ -100,8 +98,7 @@ def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
             refuse_surplus(shapes, parameter, "r is null")
         return ModuleOutline(Sparse.kind, 0)
     shapes.need(_A, _B)
-    shapes.check(_A, (settings.rank, *shapes[_A][-1:]), f"r in {CONFIG_FILE}")
-    shapes.check(_B, (*shapes[_B][:1], settings.rank), f"r in {CONFIG_FILE}")
+    shapes.check_factors(_A, _B, settings.rank, f"r in {CONFIG_FILE}")
     return ModuleOutline(LowRank.kind, settings.rank, (Sparse.kind,))
 
 
@@ -115,18 +112,14 @@ def _read(settings: _Settings, module: ModuleTensors) -> tuple[Delta, ...]:
     sparse = sparse_from_entries(name, entries, module[_VALUES], shape)
     if settings.rank is None:
         return (sparse,)
-    module.check(_A, (settings.rank, shape[1]))
-    module.check(_B, (shape[0], settings.rank))
+    module.check_factors(_A, _B, settings.rank)
     return sparse, LowRank(module[_A], module[_B] * settings.scale)
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset(
-            {"lora_alpha", "r", "save_precomputed_indices", "select_top", "sparsity"}
-        ),
-        harmless=COMMON_HARMLESS | {"init_weights", "lora_dropout"},
-        refused=COMMON_REFUSED,
+    rules=key_rules(
+        honoured={"lora_alpha", "r", "save_precomputed_indices", "select_top", "sparsity"},
+        harmless={"init_weights", "lora_dropout"},
     ),
     parameters=Parameters((_VALUES,), (_PLACES, _A, _B)),
     outline_module=_outline,

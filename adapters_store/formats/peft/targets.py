@@ -7,6 +7,7 @@ import reprlib
 from polydelta.adapters_store.base_layout import HEAD, BaseLayout
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.peft_config import Config
+from polydelta.adapters_store.formats.peft_patterns import ends_in
 from polydelta.adapters_store.reference import CONFIG_FILE
 
 
@@ -30,14 +31,17 @@ class Targets:
     def shapes(self, layout: BaseLayout) -> dict[str, tuple[int, int]]:
         """Full path -> weight shape `(out, in)`, in the base's order. Raises InvalidAdapterError
         when there is none."""
-        layers = range(layout.num_layers) if self._layers is None else self._layers
-        prefixes = tuple(f"{layout.module_name(layer, '')}" for layer in layers)
+        full, endings = set(self.names), {f".{name}" for name in self.names}
+        prefixes = tuple(
+            layout.module_name(layer, "")
+            for layer in range(layout.num_layers)
+            if self._layers is None or layer in self._layers
+        )
         targets = {
             module: layout.target_shapes[module]
             for module in (*layout.module_shapes, HEAD)
             # A full path counts whatever the layer.
-            if module in self.names
-            or (module.startswith(prefixes) and module.endswith(tuple(f".{n}" for n in self.names)))
+            if module in full or (module.startswith(prefixes) and ends_in(module, endings))
         }
         if not targets:
             raise InvalidAdapterError(
@@ -57,7 +61,7 @@ def _names(value: object) -> list[str]:
     return value
 
 
-def _layers(value: object) -> list[int] | None:
+def _layers(value: object) -> set[int] | None:
     """None for all of them."""
     layers = [value] if isinstance(value, int) else value
     if layers is None or layers == []:
@@ -69,4 +73,4 @@ def _layers(value: object) -> list[int] | None:
             f"{CONFIG_FILE}: layers_to_transform is {reprlib.repr(value)}, but must be a number or "
             "a list of numbers."
         )
-    return layers
+    return set(layers)

@@ -16,24 +16,20 @@ from polydelta.adapters_store.delta import LowRank
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
     Config,
-    KeyRules,
     flag,
+    key_rules,
     number,
     positive_int,
 )
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
-    refuse_surplus,
-    seed,
-)
+from polydelta.adapters_store.formats.peft_options import refuse_surplus, seed
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
 _A, _B, _P = "tinylora_A", "tinylora_B", "tinylora_P"
+# Numbers of a module that the file does not have; they take 40 ms.
+_MOST_DRAWN = 1 << 22
 # Followed by the number of a group.
 _V = "base_model.tinylora_v."
 
@@ -117,19 +113,21 @@ def _p(settings: _Settings, tensors: ModuleTensors, index: int, rank: int) -> Te
     """[u, rank, rank]. Made again in float32; PEFT rounds it to the base's dtype."""
     if settings.saved:
         return tensors[_P]
+    if settings.u * rank**2 > _MOST_DRAWN:
+        raise InvalidAdapterError(
+            f"{CONFIG_FILE}: with u = {settings.u} and rank {rank}, the random {_P} of "
+            f"{tensors.module!r} has more than {_MOST_DRAWN} numbers: train with a smaller u or r, "
+            "or save the adapter again with save_projection=True."
+        )
     generator = torch.Generator().manual_seed(seed("projection_seed", settings.seed + index))
     size = (settings.u, rank, rank)
     return torch.normal(0.0, 1.0 / (rank**0.5), size, generator=generator)
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset({"projection_seed", "r", "save_projection", "u", "weight_tying"}),
-        harmless=COMMON_HARMLESS
-        | MODULE_CHOICE
-        # Biases that were trained are read with the saved modules.
-        | {"bias", "init_v_bound", "init_weights", "tinylora_dropout"},
-        refused=COMMON_REFUSED,
+    rules=key_rules(
+        honoured={"projection_seed", "r", "save_projection", "u", "weight_tying"},
+        harmless={"init_v_bound", "init_weights", "tinylora_dropout"},
     ),
     parameters=Parameters((_A, _B), (_P,), (_V,)),
     outline_module=_outline,

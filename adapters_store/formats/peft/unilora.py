@@ -18,23 +18,14 @@ from torch import Tensor
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.delta import Delta, LowRank
 from polydelta.adapters_store.errors import InvalidAdapterError
-from polydelta.adapters_store.formats.files import Shape
+from polydelta.adapters_store.formats.files import Shape, to_float32
 from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft.targets import Targets
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    flag,
-    positive_int,
-)
+from polydelta.adapters_store.formats.peft_config import Config, flag, key_rules, positive_int
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    linear_layers,
-    seed,
-)
-from polydelta.adapters_store.formats.peft_tensors import Parameters, check_shape
+from polydelta.adapters_store.formats.peft_options import linear_layers, seed
+from polydelta.adapters_store.formats.peft_tensors import Parameters, check_finite, check_shape
+from polydelta.adapters_store.formats.ranks import check_rank, reduced
 from polydelta.adapters_store.reference import CONFIG_FILE, WEIGHTS_FILE
 
 _THETA = "base_model.unilora_theta_d"
@@ -67,16 +58,14 @@ def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
     shapes.need(_THETA)
     shapes.check(_THETA, (length,), f"theta_d_length = {length} in {CONFIG_FILE}")
     for a, b in ((_INDICES_A, _INDICES_B), (_SCALES_A, _SCALES_B)):
-        shapes.check(a, (rank, *shapes[a][1:2]), f"r = {rank} in {CONFIG_FILE}")
-        shapes.check(b, (*shapes[b][:1], rank), f"r = {rank} in {CONFIG_FILE}")
+        shapes.check_factors(a, b, rank, f"r = {rank} in {CONFIG_FILE}")
     return ModuleOutline(LowRank.kind, rank)
 
 
 def _read(settings: _Settings, tensors: ModuleTensors) -> tuple[LowRank]:
     rank, length = settings.rank, settings.theta_length
-    for name_a, name_b in ((_INDICES_A, _INDICES_B), (_SCALES_A, _SCALES_B)):
-        tensors.check(name_a, (rank, tensors.in_features))
-        tensors.check(name_b, (tensors.out_features, rank))
+    tensors.check_factors(_INDICES_A, _INDICES_B, rank)
+    tensors.check_factors(_SCALES_A, _SCALES_B, rank)
     theta = tensors[_THETA]
     a, b = (
         theta[tensors.indices(indices, length)] * tensors[scales]
@@ -85,21 +74,17 @@ def _read(settings: _Settings, tensors: ModuleTensors) -> tuple[LowRank]:
     return (LowRank(a, b),)
 
 
-_RULES = KeyRules(
-    honoured=frozenset(
-        {
-            "layers_pattern",
-            "layers_to_transform",
-            "proj_seed",
-            "r",
-            "save_indices",
-            "target_modules",
-            "theta_d_length",
-        }
-    ),
-    # Biases that were trained are read with the saved modules.
-    harmless=COMMON_HARMLESS | {"bias", "init_theta_d_bound", "init_weights", "unilora_dropout"},
-    refused=COMMON_REFUSED,
+_RULES = key_rules(
+    honoured={
+        "layers_pattern",
+        "layers_to_transform",
+        "proj_seed",
+        "r",
+        "save_indices",
+        "target_modules",
+        "theta_d_length",
+    },
+    harmless={"init_theta_d_bound", "init_weights", "unilora_dropout"},
 )
 
 # With all tensors in the file.
@@ -135,42 +120,48 @@ class UniLora:
     def read(
         self, config: Config, tensors: Mapping[str, Tensor], layout: BaseLayout
     ) -> dict[str, tuple[Delta, ...]]:
-        if not _saved(config):
-            self.outline(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-            tensors = {**tensors, **_choices(_settings(config), Targets(config).shapes(layout))}
-        return _WHOLE.read(config, tensors, layout)
+        if _saved(config):
+            return _WHOLE.read(config, tensors, layout)
+        self.outline(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        settings, targets = _settings(config), Targets(config).shapes(layout)
+        for module, shape in targets.items():
+            check_rank(module, settings.rank, shape)
+        deltas = _drawn(settings, to_float32(_THETA, tensors[_THETA]), targets)
+        for module, of_module in deltas.items():
+            check_finite(module, of_module)
+        return deltas
 
 
 def _saved(config: Config) -> bool:
     return flag("save_indices", config.get("save_indices"))
 
 
-def _choices(settings: _Settings, modules: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """What PEFT draws for modules of these shapes: tensor name -> tensor. Scales are in float32;
-    PEFT rounds them to the base's dtype."""
-    shapes: dict[str, Shape] = {}
-    for module, (out, in_) in modules.items():
-        shapes[f"base_model.model.{module}.{_INDICES_A}"] = (settings.rank, in_)
-        shapes[f"base_model.model.{module}.{_INDICES_B}"] = (out, settings.rank)
-    sizes = [rows * columns for rows, columns in shapes.values()]
+def _drawn(
+    settings: _Settings, theta: Tensor, modules: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[Delta, ...]]:
+    """The LoRAs that PEFT draws for modules of these shapes. Scales are in float32; PEFT rounds
+    them to the base's dtype."""
+    rank = settings.rank
+    shapes = [shape for out, in_ in modules.values() for shape in ((rank, in_), (out, rank))]
+    sizes = [rows * columns for rows, columns in shapes]
     drawn = _balanced(sum(sizes), settings.theta_length, settings.seed)
-    # Where an index does not occur, its scale is not asked for.
-    scales = drawn.bincount(minlength=settings.theta_length).float().rsqrt()
-    choices: dict[str, Tensor] = {}
-    for (name, shape), indices in zip(shapes.items(), drawn.split(sizes), strict=True):
-        choices[name] = indices.view(shape)
-        choices[name.replace(".unilora_indices_", ".unilora_scales_")] = scales[choices[name]]
-    return choices
+    # Where an index does not occur, its number, which is infinite, is not asked for.
+    scaled = theta * drawn.bincount(minlength=settings.theta_length).float().rsqrt()
+    parts = zip(drawn.split(sizes), shapes, strict=True)
+    factors = (scaled[indices].view(shape) for indices, shape in parts)
+    return {module: (reduced(LowRank(next(factors), next(factors))),) for module in modules}
 
 
 def _balanced(count: int, length: int, seed: int) -> Tensor:
-    """[count] int64 in random order: each number below length equally often, as far as possible."""
+    """[count] int32 in random order: each number below length equally often, or nearly."""
     generator = np.random.default_rng(seed)
-    drawn = np.repeat(np.arange(length), count // length)
+    drawn = torch.arange(length, dtype=torch.int32).repeat_interleave(count // length)
     if rest := count % length:
-        drawn = np.concatenate((drawn, generator.choice(length, size=rest, replace=False)))
-    generator.shuffle(drawn)
-    return torch.from_numpy(drawn)
+        others = generator.choice(length, size=rest, replace=False)
+        drawn = torch.cat((drawn, torch.from_numpy(others).int()))
+    # Of the tensor's own memory.
+    generator.shuffle(drawn.numpy())
+    return drawn
 
 
 FORMAT = UniLora()

@@ -8,24 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from polydelta.adapters_store.delta import LowRank
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    flag,
-    positive_int,
-)
+from polydelta.adapters_store.formats.peft_config import Config, flag, key_rules, positive_int
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
-    linear_layers,
-    refuse_surplus,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers, refuse_surplus
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
@@ -69,24 +59,23 @@ def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
     why = f"r, topk, num_vectors and vector_length in {CONFIG_FILE}"
     shapes.check(_BANK, (settings.num_vectors, settings.vector_length), why)
     sizes = {_INDICES: topk, _WEIGHTS: topk - 1} if settings.chosen else {"": settings.num_vectors}
+    first = next(iter(sizes))
+    pieces_a, pieces_b = shapes[_LOGITS_A + first][1:2], shapes[_LOGITS_B + first][:1]
     for part, size in sizes.items():
-        a, b = _LOGITS_A + part, _LOGITS_B + part
-        shapes.check(a, (rank, *shapes[a][1:2], size), why)
-        shapes.check(b, (*shapes[b][:1], rank, size), why)
+        shapes.check(_LOGITS_A + part, (rank, *pieces_a, size), why)
+        shapes.check(_LOGITS_B + part, (*pieces_b, rank, size), why)
     return ModuleOutline(LowRank.kind, rank)
 
 
 def _read(settings: _Settings, tensors: ModuleTensors) -> tuple[LowRank]:
+    part = _INDICES if settings.chosen else ""
+    pieces, length = tensors.shapes, settings.vector_length
+    tensors.check_change(
+        (pieces[_LOGITS_B + part][0] * length, pieces[_LOGITS_A + part][1] * length)
+    )
     # [rank, in / length, length] and [out / length, rank, length]
     a, b = (_mixtures(settings, tensors, logits) for logits in _LOGITS)
-    delta = LowRank(a.flatten(1), b.transpose(1, 2).flatten(0, 1))
-    expected = (tensors.out_features, tensors.in_features)
-    if delta.shape != expected:
-        raise InvalidAdapterError(
-            f"The change of {tensors.module!r} has shape {list(delta.shape)}, but the base model's "
-            f"layer asks for {list(expected)}: load it over the base that it was trained on."
-        )
-    return (delta,)
+    return (LowRank(a.flatten(1), b.transpose(1, 2).flatten(0, 1)),)
 
 
 def _mixtures(settings: _Settings, tensors: ModuleTensors, logits: str) -> Tensor:
@@ -97,17 +86,20 @@ def _mixtures(settings: _Settings, tensors: ModuleTensors, logits: str) -> Tenso
     else:
         top = tensors[logits].topk(settings.topk)
         indices, weights = top.indices, top.values.softmax(-1)
-    return (weights.unsqueeze(-1) * tensors[_BANK][indices]).sum(-2)
+    # Without the vectors of all pieces side by side, which are topk times as many numbers.
+    mixtures = embedding_bag(
+        indices.flatten(0, 1),
+        tensors[_BANK],
+        mode="sum",
+        per_sample_weights=weights.flatten(0, 1),
+    )
+    return mixtures.view(*indices.shape[:2], -1)
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset({"num_vectors", "r", "save_only_topk_weights", "topk", "vector_length"}),
-        harmless=COMMON_HARMLESS
-        | MODULE_CHOICE
-        # Biases that were trained are read with the saved modules.
-        | {"bias", "init_logits_std", "init_vector_bank_bound", "vblora_dropout"},
-        refused=COMMON_REFUSED,
+    rules=key_rules(
+        honoured={"num_vectors", "r", "save_only_topk_weights", "topk", "vector_length"},
+        harmless={"init_logits_std", "init_vector_bank_bound", "vblora_dropout"},
     ),
     parameters=Parameters((), (*_LOGITS, *_CHOSEN), (_BANK,)),
     outline_module=_outline,

@@ -18,21 +18,12 @@ from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.delta import LowRank
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    flag,
-    positive_int,
-)
+from polydelta.adapters_store.formats.peft_config import Config, flag, key_rules, positive_int
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
-    linear_layers,
-    seed,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers, seed
+from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
+from polydelta.adapters_store.formats.ranks import reduced
 from polydelta.adapters_store.reference import CONFIG_FILE
 
 
@@ -81,7 +72,8 @@ class _Vera:
         shapes.check(self.lambda_d, (a_rows,), why)
         if settings.saved:
             shapes.need(self.shared_a, self.shared_b)
-            shapes.check(self.shared_a, (a_rows, *shapes[self.shared_a][1:2]), why)
+            _, inputs = dimensions(shapes, self.shared_a, 2)
+            shapes.check(self.shared_a, (a_rows, inputs), why)
             shapes.check(self.shared_b, (*shapes[self.shared_b][:1], rank), why)
         elif shapes.num_shared:
             raise InvalidAdapterError(
@@ -116,18 +108,15 @@ class _Vera:
                 "on."
             )
         scales = tensors[self.lambda_b].unsqueeze(1) * tensors[self.lambda_d][:rank]
-        return (LowRank(shared_a[:rank, :in_].contiguous(), shared_b[:out] * scales),)
+        delta = LowRank(shared_a[:rank, :in_].contiguous(), shared_b[:out] * scales)
+        return (reduced(delta),)
 
     def format(self, harmless: frozenset[str], refused: dict[str, str]) -> PeftFormat[_Settings]:
         return PeftFormat(
-            rules=KeyRules(
-                honoured=frozenset({"projection_prng_key", "r", "save_projection"}),
-                harmless=COMMON_HARMLESS
-                | MODULE_CHOICE
-                | {"d_initial", "init_weights"}
-                # Biases that were trained are read with the saved modules.
-                | {"bias", *harmless},
-                refused=COMMON_REFUSED | refused,
+            rules=key_rules(
+                honoured={"projection_prng_key", "r", "save_projection"},
+                harmless={"d_initial", "init_weights", *harmless},
+                refused=refused,
             ),
             parameters=Parameters(
                 (self.lambda_b, self.lambda_d), shared=(self.shared_a, self.shared_b)

@@ -8,31 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from polydelta.adapters_store.delta import Sparse
 from polydelta.adapters_store.errors import InvalidAdapterError
-from polydelta.adapters_store.formats.csr import sparse_from_entries
+from polydelta.adapters_store.formats.csr import sparse_from_entries, sparse_from_matrix
 from polydelta.adapters_store.formats.outline import ModuleOutline
+from polydelta.adapters_store.formats.peft.random_places import RandomPlaces
 from polydelta.adapters_store.formats.peft.wavelets import FILTERS, reconstruct
-from polydelta.adapters_store.formats.peft_config import (
-    COMMON_HARMLESS,
-    COMMON_REFUSED,
-    Config,
-    KeyRules,
-    flag,
-    number,
-)
+from polydelta.adapters_store.formats.peft_config import Config, flag, key_rules, number
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import (
-    MODULE_CHOICE,
-    linear_layers,
-    one_of,
-    seed,
-)
+from polydelta.adapters_store.formats.peft_options import linear_layers, one_of, seed
 from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 
@@ -41,7 +29,7 @@ _SPECTRUM = "waveft_spectrum"
 
 @dataclass(frozen=True)
 class _Settings:
-    random_seed: int
+    places: RandomPlaces
     scaling: float
     # None: the numbers are the change itself.
     wavelet: str | None
@@ -51,8 +39,8 @@ def _settings(config: Config) -> _Settings:
     wavelet = None
     if flag("use_idwt", config.get("use_idwt", True)):
         wavelet = one_of("wavelet_family", config.get("wavelet_family", "db1"), tuple(FILTERS))
-    random_seed = seed("random_loc_seed", config.get("random_loc_seed"))
-    return _Settings(random_seed, number("scaling", config.get("scaling")), wavelet)
+    places = RandomPlaces(seed("random_loc_seed", config.get("random_loc_seed")))
+    return _Settings(places, number("scaling", config.get("scaling")), wavelet)
 
 
 def _outline(_: _Settings, shapes: ModuleShapes) -> ModuleOutline:
@@ -68,22 +56,13 @@ def _read(settings: _Settings, module: ModuleTensors) -> tuple[Sparse]:
             f"The {_SPECTRUM} of {module.module!r} has {len(values)} numbers, but the base model's "
             f"layer has {math.prod(shape)} weights: the adapter was trained on another base."
         )
-    places = _places(settings.random_seed, math.prod(shape), len(values))
+    places = settings.places(math.prod(shape), len(values))
     entries = torch.stack((places // shape[1], places % shape[1]))
     if settings.wavelet is not None:
         change = _inverse(entries, values, shape, settings.wavelet)
-        entries = change.nonzero().T
-        values = change[*entries]
+        return (sparse_from_matrix(change.mul_(settings.scaling)),)
     name = f"{module.module}.{_SPECTRUM}"
     return (sparse_from_entries(name, entries, values * settings.scaling, shape),)
-
-
-# Modules of the same shape have the same places, and finding them takes time with the shape.
-@lru_cache(maxsize=8)
-def _places(random_seed: int, size: int, count: int) -> Tensor:
-    """Positions in the flattened weight as PEFT draws them: [count], int64."""
-    generator = torch.Generator().manual_seed(random_seed)
-    return torch.randperm(size, generator=generator)[:count].clone()
 
 
 def _inverse(entries: Tensor, values: Tensor, shape: tuple[int, int], wavelet: str) -> Tensor:
@@ -101,20 +80,15 @@ def _inverse(entries: Tensor, values: Tensor, shape: tuple[int, int], wavelet: s
 
 
 FORMAT = PeftFormat(
-    rules=KeyRules(
-        honoured=frozenset({"random_loc_seed", "scaling", "use_idwt", "wavelet_family"}),
-        harmless=COMMON_HARMLESS
-        | MODULE_CHOICE
-        | {
-            # Biases that were trained are saved modules.
-            "bias",
+    rules=key_rules(
+        honoured={"random_loc_seed", "scaling", "use_idwt", "wavelet_family"},
+        harmless={
             "init_weights",
             # How many numbers a module has; its tensor says it.
             "n_frequency",
             "n_frequency_pattern",
             "proportional_parameters",
         },
-        refused=COMMON_REFUSED,
     ),
     parameters=Parameters((_SPECTRUM,)),
     outline_module=_outline,

@@ -120,6 +120,10 @@ FILTERS: dict[str, tuple[float, ...]] = {
 # fmt: on
 
 
+# Transformed at a time.
+_ROWS = 256
+
+
 def reconstruct(coefficients: Tensor, wavelet: str) -> Tensor:
     """One level of the inverse transform.
 
@@ -135,5 +139,8 @@ def _along_rows(coefficients: Tensor, wavelet: str) -> Tensor:
     signs = torch.tensor([1.0, -1.0]).repeat(len(low) // 2)
     # [2, 1, f]; the high-pass filter is the low-pass one from its end on, signs alternating.
     filters = torch.stack((low, low.flip(0) * signs)).unsqueeze(1)
-    halves = coefficients.unflatten(1, (2, -1))
-    return F.conv_transpose1d(halves, filters, stride=2, padding=len(low) - 2).squeeze(1)
+    # In pieces: a convolution of all rows takes several times their memory.
+    pieces = (rows.unflatten(1, (2, -1)) for rows in coefficients.split(_ROWS))
+    return torch.cat(
+        [F.conv_transpose1d(halves, filters, stride=2, padding=len(low) - 2) for halves in pieces]
+    ).squeeze(1)

@@ -1,22 +1,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
-from typing import Any
 
 import peft
 import pytest
 
 from polydelta.adapters_store.errors import InvalidAdapterError
-from polydelta.adapters_store.formats import trainable_tokens
 from polydelta.adapters_store.formats.files import MAX_CONFIG_BYTES
-from polydelta.adapters_store.formats.peft import (
-    lora_config,
-    shira,
-)
+from polydelta.adapters_store.formats.foreign import paca
+from polydelta.adapters_store.formats.foreign.lora_options import lora_rules
+from polydelta.adapters_store.formats.peft import adalora, lora_config
 from polydelta.adapters_store.formats.peft_config import (
     KeyRules,
     flag,
+    key_rules,
     mapping,
     number,
     parse_config,
@@ -29,27 +26,23 @@ RULES = KeyRules(frozenset({"r"}), frozenset({"dropout"}), {"use_dora": "DoRA is
 
 
 @pytest.mark.parametrize(
-    ("config_class", "rules"),
-    [
-        (peft.LoraConfig, lora_config.KEY_RULES),
-        (peft.ShiraConfig, shira.KEY_RULES),
-        (peft.TrainableTokensConfig, trainable_tokens.KEY_RULES),
-    ],
-    ids=["LoRA", "SHiRA", "trainable tokens"],
-)
-def test_every_field_of_the_installed_peft_is_honoured_harmless_or_refused(
-    config_class: Any, rules: KeyRules
-) -> None:
-    known = rules.honoured | rules.harmless | rules.refused.keys()
-    assert {field.name for field in fields(config_class)} - known == set()
-
-
-@pytest.mark.parametrize(
-    "rules", [lora_config.KEY_RULES, shira.KEY_RULES, trainable_tokens.KEY_RULES]
+    "rules",
+    [lora_config.KEY_RULES, adalora.FORMAT.rules, paca.FORMAT.rules, lora_rules()],
+    ids=["LoRA", "AdaLoRA", "PaCA", "relatives of LoRA"],
 )
 def test_no_key_is_in_two_classes(rules: KeyRules) -> None:
+    assert rules.refused
     classes = [rules.honoured, rules.harmless, rules.refused.keys()]
     assert sum(map(len, classes)) == len(set().union(*classes))
+
+
+def test_common_keys_are_harmless_unless_a_format_reads_them() -> None:
+    config = {"peft_type": "LORA", "bias": "all", "layers_to_transform": [0]}
+    key_rules().check(config)
+    rules = key_rules({"bias", "r"}, {"dropout"})
+    assert rules.honoured == {"bias", "r"}
+    assert "dropout" in rules.harmless
+    assert "bias" not in rules.harmless
 
 
 def test_honoured_and_harmless_keys_pass_with_any_value() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from typing import Any
 
 import pytest
 
@@ -12,7 +11,6 @@ from polydelta.adapters_store.formats.peft_options import (
     linear_layers,
     one_of,
     refuse_surplus,
-    refuse_trained_biases,
     seed,
 )
 
@@ -36,17 +34,6 @@ def test_a_seed_is_any_integer_that_a_generator_takes(value: int) -> None:
 def test_what_no_generator_takes_is_no_seed(value: object) -> None:
     with pytest.raises(InvalidAdapterError, match=r"s is .*whole number of 64 bits"):
         seed("s", value)
-
-
-@pytest.mark.parametrize("config", [{}, {"bias": None}, {"bias": "none"}])
-def test_biases_that_are_not_trained_pass(config: dict[str, Any]) -> None:
-    refuse_trained_biases(config)
-
-
-@pytest.mark.parametrize("bias", ["all", "lora_only", True, ["none"]])
-def test_trained_biases_are_refused(bias: object) -> None:
-    with pytest.raises(InvalidAdapterError, match=r"bias is .* trained biases"):
-        refuse_trained_biases({"bias": bias})
 
 
 def test_a_parameter_that_the_config_denies_is_refused() -> None:

@@ -26,5 +26,5 @@ def test_a_refused_type_is_named_with_its_reason_and_a_remedy(name: str) -> None
 
 @pytest.mark.parametrize("name", ["QUANTUM", None, 5, ["LILY"]])
 def test_an_unknown_type_is_told_which_ones_there_are(name: object) -> None:
-    with pytest.raises(InvalidAdapterError, match="not served yet: use one of LORA, SHIRA, "):
+    with pytest.raises(InvalidAdapterError, match="not served yet: use one of ADALORA, BEFT, "):
         format_of({"peft_type": name})

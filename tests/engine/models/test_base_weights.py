@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config, Qwen3ForCausalLM
 
-from polydelta.adapters_store.base_layout import EMBEDDING, FINAL_NORM, HEAD
+from polydelta.adapters_store.base_layout import EMBEDDING, FINAL_NORM, HEAD, BaseLayout
 from polydelta.engine.models.base_weights import CheckpointWeights, checkpoint_layout
-from polydelta.engine.models.checkpoint import Checkpoint
+from polydelta.engine.models.checkpoint import Checkpoint, open_checkpoint
 from polydelta.engine.models.config import from_hf
 from polydelta.engine.models.decoder import Decoder, base_layout
 from polydelta.engine.models.errors import ModelError
@@ -148,6 +149,28 @@ def test_the_fingerprint_is_that_of_the_shapes_and_the_name_alone(
     # Another one would make worthless whatever stores on disk have packed.
     told = f"{default_checkpoint.id}\n{default_checkpoint.config}"
     assert bare.fingerprint == hashlib.sha256(told.encode()).hexdigest()
+
+
+def test_other_weights_of_the_same_name_and_shapes_are_told_apart(
+    tmp_path: Path, default_checkpoint: Checkpoint
+) -> None:
+    """What adapters have packed over the first of them is wrong over the others."""
+    ids = []
+    for folder in (tmp_path / "one" / "base", tmp_path / "two" / "base"):
+        LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder)
+        default_checkpoint.tokenizer.save(folder)
+        ids.append(_layout_of(folder).weights_id)
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder)
+    os.utime(folder / "model.safetensors", ns=(written, written + 1))
+    ids.append(_layout_of(folder).weights_id)
+    ids.append(checkpoint_layout(default_checkpoint, torch.float32).weights_id)
+    assert len(set(ids)) == 4
+    assert _layout_of(folder).weights_id == ids[2]
+
+
+def _layout_of(folder: Path) -> BaseLayout:
+    return checkpoint_layout(open_checkpoint(str(folder)), torch.float32)
 
 
 def test_weights_of_a_gguf_file_are_those_that_the_decoder_multiplies_with(

@@ -160,6 +160,20 @@ def test_what_is_changed_agrees_with_the_reference(
     near(y, expected, dtype)
 
 
+@pytest.mark.parametrize(("down", "across"), [(3, 1), (1, 3), (1, 1), (3, 2)])
+@DTYPES
+def test_circulant_blocks_beside_and_above_each_other(
+    down: int, across: int, dtype: torch.dtype, library: native.NativeLibrary | None, near: Near
+) -> None:
+    kernel = padded(down * across, 14, dtype).unflatten(0, (-1, across))
+    weights = CirculantWeights(2, kernel)
+    y, x = torch.randn(2, 60).to(dtype), torch.randn(2, 14 * across).to(dtype)
+    expected = y.double()
+    add_delta(widened(weights), expected, x.double())
+    deltas.add_delta(weights, library)(y, x)
+    near(y, expected, dtype)
+
+
 def test_of_a_top_k_only_the_largest_biased_entries_are_kept() -> None:
     a, b_t = torch.eye(4), torch.eye(4) * 10
     weights = TopKWeights(0, 2, a, torch.tensor([0.0, 0.0, 5.0, 0.0]), b_t)

@@ -74,14 +74,12 @@ def test_the_keys_of_peft_s_lora_pass(layout: BaseLayout) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "more than was trained": ({"polydelta_rank": 6}, "polydelta_rank is 6.* 1 to 5"),
-    "a rank beyond floats": ({"r": 10**400}, "but rank 1000"),
+    "a rank beyond floats": ({"r": 10**400}, "r is 1000.* below 2147483648"),
     "rank zero": ({"polydelta_rank": 0}, "polydelta_rank is 0"),
     "a rank that is no number": ({"polydelta_rank": True}, "polydelta_rank is True"),
     "rank-stabilised scales": ({"use_rslora": True}, "use_rslora is True; it is an option of"),
     "ranks of some modules": ({"rank_pattern": {"down_proj": 2}}, "rank_pattern is"),
     "another rank than the file's": ({"r": 4}, r"but rank 4 \(r in"),
-    "transposed bases": ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
-    "an unknown option": ({"use_magic": 1}, "use_magic is 1"),
 }
 
 

@@ -78,16 +78,14 @@ def test_counters_of_the_training_are_passed_over(layout: BaseLayout) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "more kept than there are": ({"k": 8}, {}, "k is 8, but of r = 7"),
-    "a rank beyond floats": ({"r": 10**400}, {}, "but rank 1000"),
+    "a rank beyond floats": ({"r": 10**400}, {}, "r is 1000.* below 2147483648"),
     "nothing kept": ({"k": 0}, {}, "k is 0"),
     "no number that is kept": ({"k": None}, {}, "k is None"),
     "another rank": ({"r": 8}, {}, r"but rank 8 \(r in adapter_config.json\)"),
     "an alpha that is no number": ({"alpha": "7"}, {}, "alpha is '7'"),
-    "an unknown option": ({"top_k": 8}, {}, "top_k is 8"),
     "an A of another layer": ({}, {"A": torch.ones(RANK, 37)}, "base model's layer asks"),
     "a B of another layer": ({}, {"B": torch.ones(36, RANK)}, "base model's layer asks"),
     "a bias of another rank": ({}, {"d": torch.ones(6)}, r"\[6\], but rank 7"),
-    "NaN": ({}, {"d": torch.full((RANK,), torch.nan)}, "has NaN or infinite"),
     "the fork's bias": (
         {}, {"lora_topk_bias": torch.ones(RANK)}, "lora_topk_bias' cannot be served",
     ),
@@ -100,11 +98,3 @@ def test_what_cannot_be_served_is_refused_by_name(
 ) -> None:
     with pytest.raises(InvalidAdapterError, match=message):
         read_one(CONFIG | option, tensors(**changed), layout)
-
-
-@pytest.mark.parametrize("missing", ["A", "B", "d"])
-def test_all_three_tensors_must_be_there(missing: str, layout: BaseLayout) -> None:
-    given = tensors()
-    del given[f"{PREFIX}{GATE1}.{missing}"]
-    with pytest.raises(InvalidAdapterError, match=f"no {missing}"):
-        read_one(CONFIG, given, layout)

@@ -90,15 +90,12 @@ def test_indices_come_out_ascending(layout: BaseLayout) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "another rank": ({"r": 4}, {}, "but r = 4 in adapter_config.json asks for"),
-    "a rank beyond floats": ({"r": 10**400}, {}, "but r = 1000"),
+    "a rank beyond floats": ({"r": 10**400}, {}, "r is 1000.* below 2147483648"),
     "no scale": ({"paca_alpha": None}, {}, "paca_alpha is None"),
-    "trained biases": ({"bias": "all"}, {}, "bias is 'all'"),
     "ranks of some modules": ({"rank_pattern": {"k_proj": 2}}, {}, "rank_pattern is"),
     "scales of some modules": ({"alpha_pattern": {"k_proj": 2}}, {}, "alpha_pattern is"),
     "another number of layers": ({"layer_replication": [[0, 2]]}, {}, "layer_replication is"),
     "Megatron": ({"megatron_config": {"a": 1}}, {}, "megatron_config is"),
-    "transposed bases": ({"fan_in_fan_out": True}, {}, "fan_in_fan_out is True"),
-    "an unknown option": ({"num_arms": 3}, {}, "num_arms is 3"),
     "a column twice": ({}, {"paca_indices": torch.tensor([5, 1, 5])}, "twice"),
     "a column too many": ({}, {"paca_indices": torch.tensor([5, 1, 36])}, "outside"),
     "a negative column": ({}, {"paca_indices": torch.tensor([5, -1, 3])}, "outside"),

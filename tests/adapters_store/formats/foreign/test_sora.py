@@ -85,7 +85,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "another rank": ({"r": 4}, {}, r"but rank 4 \(r in adapter_config.json\)"),
     "no rank": ({"r": None}, {}, "r is None"),
     "rank-stabilised scales": ({"use_rslora": True}, {}, "use_rslora is True"),
-    "an unknown option": ({"sparse_lambda": 0.1}, {}, "sparse_lambda is 0.1"),
     "a gate without its axis": ({}, {"gate": torch.ones(RANK)}, r"\[5\], but rank 5"),
     "a gate of another rank": ({}, {"gate": torch.ones(1, 6)}, r"\[1, 6\], but rank 5"),
     "an infinite gate": ({}, {"gate": torch.full((1, RANK), torch.inf)}, "gate' has NaN or inf"),
@@ -104,11 +103,3 @@ def test_what_cannot_be_served_is_refused_by_name(
     tensors |= {f"{PREFIX}{V0}.{parameter}": tensor for parameter, tensor in changed.items()}
     with pytest.raises(InvalidAdapterError, match=message):
         read(CONFIG | option, tensors, layout)
-
-
-@pytest.mark.parametrize("missing", ["lora_A", "lora_B", "gate"])
-def test_all_three_tensors_must_be_there(missing: str, layout: BaseLayout) -> None:
-    tensors = gated({V0: GATES[V0]})
-    del tensors[f"{PREFIX}{V0}.{missing}"]
-    with pytest.raises(InvalidAdapterError, match=f"no {missing}"):
-        read(CONFIG, tensors, layout)

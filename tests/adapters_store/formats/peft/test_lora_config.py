@@ -21,7 +21,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "replicated layers": ({"layer_replication": [[0, 4]]}, "layer_replication is"),
     "Arrow": ({"arrow_config": {"top_k": 3}}, "arrow_config is .* load each of the adapters"),
     "Megatron": ({"megatron_config": {"tp": 2}}, "megatron_config is"),
-    "an unknown option": ({"use_magic": True}, "use_magic is True"),
 }
 
 

@@ -67,7 +67,6 @@ def test_vectors_of_almost_no_length_are_not_blown_up(layout: BaseLayout) -> Non
 
 
 REFUSED = {
-    "an unknown option": ({"use_magic": 1}, "use_magic is 1"),
     "a rank of 0": ({"r": 0}, "r is 0, but must be"),
     "a rank of 0 in a pattern": ({"rank_pattern": {"v": 0}}, r"rank_pattern\['v'\] is 0"),
     "another rank": ({"r": 3}, r"shape \[2, 36\], but rank 3"),
@@ -87,7 +86,6 @@ WRONG = {
     "B of another base": ({"delora_B": torch.ones(12, 2)}, r"B' has shape \[12, 2\]"),
     "a strength for each rank": ({"delora_lambda": torch.ones(2)}, "one strength a module"),
     "a scalar": ({"delora_A": torch.ones(())}, r"A' has shape \[\]"),
-    "NaN": ({"delora_B": torch.full((36, 2), torch.nan)}, "delora_B' has NaN"),
     "too large": (
         {"delora_w_norm": torch.full((36,), 1e38), "delora_A": torch.full((2, 36), 1e10)},
         "beyond what float32 holds",
@@ -102,11 +100,3 @@ def test_wrong_tensors_are_refused_by_name(
 ) -> None:
     with pytest.raises(InvalidAdapterError, match=message):
         read(layout, changed)
-
-
-@pytest.mark.parametrize("missing", ["delora_A", "delora_B", "delora_lambda", "delora_w_norm"])
-def test_a_missing_tensor_is_refused_by_name(missing: str, layout: BaseLayout) -> None:
-    tensors = good()
-    del tensors[f"base_model.model.{Q1}.{missing}"]
-    with pytest.raises(InvalidAdapterError, match=f"no {missing}"):
-        FORMAT.read(CONFIG, tensors, layout)

@@ -79,13 +79,17 @@ def constant() -> dict[str, torch.Tensor]:
         ({"config_C": "constant"}, "config_C is 'constant'"),
         ({"config_D_E": None}, "config_D_E is None"),
         ({"bias": "glora_only"}, "bias is 'glora_only'"),
+        ({"bias": "all"}, "bias is 'all'; trained biases"),
+        ({"bias": True}, "bias is True; trained biases"),
+        ({"bias": ["none"]}, r"bias is \['none'\]; trained biases"),
     ],
 )
 def test_an_option_that_does_not_fit_is_refused_by_name(
     changed: dict[str, Any], message: str, base_model: LlamaForCausalLM, layout_of: Any
 ) -> None:
     layout = layout_of(base_model)
-    assert len(FORMAT.read(CONFIG, constant(), layout)) == 1
+    for off in ({}, {"bias": None}, {"bias": "none"}):
+        assert len(FORMAT.read(CONFIG | off, constant(), layout)) == 1
     with pytest.raises(InvalidAdapterError, match=message):
         FORMAT.read(CONFIG | changed, constant(), layout)
 

@@ -140,7 +140,6 @@ REFUSED_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "no number of tokens": ({"num_virtual_tokens": None}, "num_virtual_tokens is None"),
     "another number of tokens": ({"num_virtual_tokens": 6}, r"asks for \[6, 144\]"),
     "other heads of the same size": ({"num_attention_heads": 4}, "is 4, but the base model has 3"),
-    "an unknown option": ({"use_magic": 1}, "use_magic is 1"),
 }
 
 
@@ -180,7 +179,6 @@ WRONG_TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
         {"prompt_embeddings": torch.ones(COUNT, LAYERS, SIZE // LAYERS)},
         r"\[5, 3, 48\]",
     ),
-    "NaN": ({"prompt_embeddings": torch.full((COUNT, SIZE), torch.nan)}, "has NaN or infinite"),
     "integers": ({"prompt_embeddings": torch.ones(COUNT, SIZE).int()}, "is torch.int32"),
 }
 

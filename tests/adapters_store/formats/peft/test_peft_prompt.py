@@ -126,7 +126,6 @@ REFUSED_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "no number of tokens": ({"num_virtual_tokens": None}, "num_virtual_tokens is None"),
     "another number of tokens": ({"num_virtual_tokens": 6}, r"asks for \[6, 36\]"),
     "no size": ({"token_dim": None}, "token_dim is None"),
-    "an unknown option": ({"use_magic": 1}, "use_magic is 1"),
 }
 
 
@@ -153,7 +152,6 @@ WRONG_TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
         {"prompt_embeddings": torch.ones(COUNT, HIDDEN), "delta": torch.ones(1)},
         "'delta' cannot be served",
     ),
-    "NaN": ({"prompt_embeddings": torch.full((COUNT, HIDDEN), torch.nan)}, "has NaN or infinite"),
     "integers": ({"prompt_embeddings": torch.ones(COUNT, HIDDEN).int()}, "is torch.int32"),
 }
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +20,6 @@ R, ROWS, COLUMNS = f"{PREFIX}weight", f"{PREFIX}vector_b", f"{PREFIX}vector_a"
 TENSORS = {R: torch.ones(3), ROWS: torch.ones(3), COLUMNS: torch.ones(3)}
 # Wide, tall and square ones.
 EVERY_SIDE = ["q_proj", "k_proj", "up_proj", "down_proj"]
-
-
-def test_every_option_of_peft_is_decided_on() -> None:
-    rules = FORMAT.rules
-    options = {field.name for field in dataclasses.fields(PsoftConfig)}
-    assert options <= rules.honoured | rules.harmless | rules.refused.keys()
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -97,8 +90,6 @@ def test_singular_vectors_that_the_base_leaves_open_are_refused(
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
-    "an unknown option": ({"use_magic": 1}, {}, "use_magic is 1"),
-    "transposed bases": ({"fan_in_fan_out": True}, {}, "fan_in_fan_out is True"),
     "no rank": ({"r": None}, {}, "r is None"),
     "another rank": ({"r": 4}, {}, r"\[3\], but r = 4 .* asks for \[6\]"),
     "no alpha": ({"psoft_alpha": None}, {}, "psoft_alpha is None"),
@@ -113,7 +104,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
     "very many iterations": (
         {"psoft_svd": "lowrank", "psoft_svd_lowrank_niter": 10**9},
         {},
-        "niter is 1000000000, more than 100",
+        "niter is 1000000000, more than 20",
     ),
     "no terms": (
         {"use_cayley_neumann": True, "num_cayley_neumann_terms": 0},

@@ -84,8 +84,6 @@ def test_without_modules_in_the_file_the_outline_has_the_configs_names() -> None
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "an unknown option": ({"use_magic": 1}, "use_magic is 1"),
-    "transposed bases": ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
     "another length": ({"theta_d_length": 8}, r"theta_d' has shape \[9\], but theta_d_length"),
     "a rank of 0": ({"r": 0}, "r is 0, but must be"),
     "a negative seed": ({"proj_seed": -1}, "proj_seed is -1"),
@@ -120,7 +118,6 @@ WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
     "scales of another base": ({SCALES_B: torch.ones(12, 2)}, r"scales_B' has shape \[12, 2\]"),
     "scales of another rank": ({SCALES_B: torch.ones(36, 3)}, r"scales_B' has shape \[36, 3\]"),
     "another length": ({THETA: torch.ones(8)}, r"theta_d' has shape \[8\], but theta_d_length"),
-    "NaN": ({THETA: torch.full((9,), torch.nan)}, "theta_d' has NaN"),
     "a tensor of another format": (
         {f"base_model.model.{Q1}.lora_A": torch.ones(2, 36)},
         "lora_A' cannot be served",
@@ -134,11 +131,3 @@ def test_wrong_tensors_are_refused_by_name(
 ) -> None:
     with pytest.raises(InvalidAdapterError, match=message):
         FORMAT.read(SAVED, good() | changed, layout)
-
-
-@pytest.mark.parametrize("missing", good().keys())
-def test_a_missing_tensor_is_refused_by_name(missing: str, layout: BaseLayout) -> None:
-    tensors = good()
-    del tensors[missing]
-    with pytest.raises(InvalidAdapterError, match=f"no .*{missing.rpartition('.')[2]}"):
-        FORMAT.read(SAVED, tensors, layout)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 from peft import WaveFTConfig
 from peft.tuners.waveft.layer import WaveFTLinear
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
 
 from polydelta.adapters_store.base_layout import BaseLayout, FusedLinear, LinearPart
 from polydelta.adapters_store.errors import InvalidAdapterError
@@ -19,12 +17,6 @@ CONFIG: dict[str, Any] = {"peft_type": "WAVEFT", "scaling": 25.0, "random_loc_se
 Q = "model.layers.0.self_attn.q_proj"
 SPECTRUM = f"base_model.model.{Q}.waveft_spectrum"
 EVERY_SIDE = ["q_proj", "k_proj", "up_proj", "down_proj"]
-
-
-def test_every_option_of_peft_is_decided_on() -> None:
-    rules = FORMAT.rules
-    options = {field.name for field in dataclasses.fields(WaveFTConfig)}
-    assert options <= rules.honoured | rules.harmless | rules.refused.keys()
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -55,18 +47,6 @@ def test_deltas_equal_those_of_peft(
     assert (adapter.format, adapter.kinds, adapter.max_rank) == ("WAVEFT", ("Sparse",), 0)
 
 
-@pytest.mark.parametrize("bias", ["all", "waveft_only"])
-def test_biases_that_were_trained_are_changed_too(
-    bias: str, biased_model: LlamaForCausalLM, check_parity: Any
-) -> None:
-    config = WaveFTConfig(
-        bias=bias, n_frequency=50, init_weights=False, target_modules=["q_proj", "down_proj"]
-    )
-    adapter = check_parity(config, biased_model)
-    assert adapter.kinds == ("Bias", "Sparse")
-    assert len(adapter.modules) == 3 * (7 if bias == "all" else 2)
-
-
 @pytest.mark.parametrize("shape", [(21, 35), (22, 35), (21, 34), (6, 90), (1, 1)])
 @pytest.mark.parametrize("wavelet", FILTERS)
 def test_every_wavelet_is_peft_s_for_sizes_even_and_odd(
@@ -87,8 +67,6 @@ def test_every_wavelet_is_peft_s_for_sizes_even_and_odd(
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
-    "an unknown option": ({"use_magic": 1}, {}, "use_magic is 1"),
-    "transposed bases": ({"fan_in_fan_out": True}, {}, "fan_in_fan_out is True"),
     "no scale": ({"scaling": None}, {}, "scaling is None"),
     "an infinite scale": ({"scaling": 1e39}, {}, "beyond what float32 holds"),
     "no seed": ({"random_loc_seed": None}, {}, "random_loc_seed is None"),
@@ -102,7 +80,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "more numbers than entries": ({}, {SPECTRUM: torch.ones(1297)}, "1297 numbers, but .* 1296"),
     "a matrix": ({}, {SPECTRUM: torch.ones(2, 2)}, "must have 1 dimensions"),
     "a number": ({}, {SPECTRUM: torch.ones(())}, "must have 1 dimensions"),
-    "NaN": ({}, {SPECTRUM: torch.full((3,), torch.nan)}, "has NaN or infinite"),
     "an embedding": (
         {},
         {SPECTRUM.replace(Q, "model.embed_tokens"): torch.ones(3)},
