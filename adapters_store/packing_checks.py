@@ -112,7 +112,8 @@ def _check_range(module: str, delta: Delta, dtype: torch.dtype) -> None:
             value = torch.tensor(value)
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
-        largest = value.abs().max().item() if value.numel() else 0.0
+        # Not of `abs`, which would be a copy.
+        largest = max(abs(extreme.item()) for extreme in value.aminmax()) if value.numel() else 0.0
         if not largest <= limit:
             raise InvalidAdapterError(
                 f"The adapter changes {module!r} by {largest:g}, which does not fit {dtype} "

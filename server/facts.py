@@ -34,7 +34,4 @@ def truncation_error(total: float, changes: Mapping[str, Approximation[Delta]]) 
     if not any(change.norm for change in changes.values()):
         return "none: exact but for rounding"
     worst = max(changes, key=lambda module: changes[module].error)
-    return (
-        f"{total:.2%} of the change is beyond the ranks "
-        f"({changes[worst].error:.2%} in {worst})"
-    )
+    return f"{total:.2%} of the change is beyond the ranks ({changes[worst].error:.2%} in {worst})"

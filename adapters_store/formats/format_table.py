@@ -100,7 +100,7 @@ _MODEL = (MODEL,)
 
 FORMAT_ROWS = (
     FormatRow(
-        ("LORA", "LORA use_rslora"),
+        ("LORA", "LORA use_rslora", "LORA use_qalora", "LORA use_bdlora"),
         (LOW_RANK,), _EXACT, "r=8 on q/v", (on(_QV, low_rank(8)),),
     ),
     FormatRow(
@@ -112,7 +112,12 @@ FORMAT_ROWS = (
         (LOW_RANK,), _WITH_BASE, "r=8 on q/v", (on(_QV, low_rank(8)),),
     ),
     FormatRow(
-        ("PSOFT",),
+        ("LORA kasa_config",),
+        (LOW_RANK,), "exact, with the base's weights, rank 2 r", "r=8 on q/v",
+        (on(_QV, low_rank(16)),),
+    ),
+    FormatRow(
+        ("PEANUT", "PSOFT"),
         (LOW_RANK,), _WITH_BASE, "r=32 on q/v", (on(_QV, low_rank(32)),),
     ),
     FormatRow(
@@ -142,6 +147,10 @@ FORMAT_ROWS = (
     FormatRow(
         ("LORA_SB", "LORA_XS"),
         (LOW_RANK,), _EXACT, "r=64 on all linear layers", (on(_LINEAR, low_rank(64)),),
+    ),
+    FormatRow(
+        ("LORA lora_bias",),
+        (LOW_RANK, BIAS), _EXACT, "r=8 on q/v", (on(_QV, low_rank(8), bias),),
     ),
     FormatRow(
         ("LORA use_dora",),
@@ -220,7 +229,7 @@ FORMAT_ROWS = (
         (on(("input_layernorm", "post_attention_layernorm", "norm"), norm_weight),),
     ),
     FormatRow(
-        ("TRAINABLE_TOKENS",),
+        ("LORA trainable_token_indices", "TRAINABLE_TOKENS"),
         (TOKEN_ROWS,), _EXACT, "16 tokens, embedding and head",
         (on(("embed_tokens", "lm_head"), token_rows(16)),),
     ),
@@ -239,7 +248,7 @@ FORMAT_ROWS = (
     FormatRow(
         (
             "BOFT", "BONE init_weights=bat", "FOURIERFT", "FROD", "GLORA", "HIRA",
-            "MISS init_weights=bat", "OFT", "OSF", "PEANUT", "RANDLORA",
+            "MISS init_weights=bat", "OFT", "OSF", "RANDLORA",
         ),
         (DENSE,), _CONVERTED, "any", (on(_QV, dense),),
     ),

@@ -7,6 +7,7 @@ base's and rows of trained tokens. Each reads its own, and the deltas of a modul
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import reduce
 
 import torch
@@ -45,9 +46,7 @@ def outline_adapter(
         for module, one in outline.items():
             first = modules.get(module)
             modules[module] = (
-                one
-                if first is None
-                else ModuleOutline(first.kind, first.rank, (*first.also, *one.kinds))
+                one if first is None else replace(first, also=(*first.also, *one.kinds))
             )
     _check_any(modules)
     return name, modules

@@ -15,6 +15,8 @@ class ModuleOutline:
     rank: int
     # Kinds of the others.
     also: tuple[str, ...] = ()
+    # Of its deltas together, at most, where neither the rank nor the file's tensors say so many.
+    numbers: int = 0
 
     @property
     def kinds(self) -> tuple[str, ...]:

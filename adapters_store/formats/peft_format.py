@@ -58,6 +58,17 @@ class ModuleShapes:
         """why: where the expected shape comes from. Raises InvalidAdapterError when it differs."""
         check_shape(self._names[parameter], self[parameter], expected, why)
 
+    def dimensions(self, parameter: str, count: int) -> Shape:
+        """The shape, which the file alone says. Raises InvalidAdapterError when it does not have
+        `count` dimensions."""
+        shape = self[parameter]
+        if len(shape) != count:
+            raise InvalidAdapterError(
+                f"Module {self.module!r} has a {parameter} of shape {list(shape)}, but it must "
+                f"have {count} dimensions: save the adapter again from the trained model."
+            )
+        return shape
+
     def check_factors(self, a: str, b: str, rank: int, why: str) -> None:
         """Of a low-rank change: a is `[rank, in]`, b `[out, rank]`. Raises InvalidAdapterError."""
         self.check(a, (rank, *self[a][-1:]), why)
@@ -214,9 +225,12 @@ class PeftFormat(Generic[S]):
         # The embedding is a model's first module, though not the first that a layout names.
         in_order = sorted(targets, key=lambda module: module != EMBEDDING)
         modules = [module for module in in_order if module in outline]
+        own_names = group(tensors, self.parameters)
         for module in modules:
-            if outline[module].rank:
-                check_rank(module, outline[module].rank, layout.target_shapes[module])
+            rank, shape = outline[module].rank, layout.target_shapes.get(module)
+            # Factors that are in the file are as large as they are.
+            if shape is not None and self._held(own_names[module], tensors) < rank * min(shape):
+                check_rank(module, rank, shape)
         tensors = {**tensors, **self.regenerate(settings, modules, layout)}
         shapes, names = _shapes(tensors), group(tensors, self.parameters)
         deltas: dict[str, tuple[Delta, ...]] = {}
@@ -233,6 +247,11 @@ class PeftFormat(Generic[S]):
             deltas[module] = self.read_module(settings, of_module)
             check_finite(module, deltas[module])
         return deltas
+
+    def _held(self, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
+        """Numbers in the file that are one module's own."""
+        own = (*self.parameters.required, *self.parameters.optional)
+        return sum(tensors[names[parameter]].numel() for parameter in own if parameter in names)
 
     def _settings(self, config: Config) -> S:
         self.rules.check(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from polydelta.adapters_store.base_layout import EMBEDDING, BaseLayout
 from polydelta.adapters_store.errors import InvalidAdapterError
@@ -68,6 +69,22 @@ def alpha_table(field: str, config: Config) -> PatternTable[float]:
     patterns = mapping("alpha_pattern", config.get("alpha_pattern"))
     alpha = number(field, config.get(field))
     return PatternTable("alpha_pattern", patterns, alpha, number)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """`alpha / r`, both of which may differ from module to module."""
+
+    ranks: PatternTable[int]
+    alphas: PatternTable[float]
+
+    @classmethod
+    def of(cls, config: Config) -> Scales:
+        """Raises InvalidAdapterError."""
+        return cls(rank_table(config), alpha_table("alpha", config))
+
+    def __getitem__(self, module: str) -> float:
+        return self.alphas[module] / self.ranks[module]
 
 
 def refuse_surplus(shapes: ModuleShapes, parameter: str, why: str) -> None:

@@ -8,12 +8,12 @@ from collections import ChainMap
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.delta import Delta
 from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.formats.files import all_finite
 from polydelta.adapters_store.reference import WEIGHTS_FILE
 
 _PREFIX = "base_model.model."
@@ -110,7 +110,7 @@ def check_finite(module: str, deltas: Iterable[Delta]) -> None:
     """Raises InvalidAdapterError when scales and products went beyond float32."""
     values = (getattr(delta, field.name) for delta in deltas for field in fields(delta))
     floats = (v for v in values if isinstance(v, Tensor) and v.is_floating_point())
-    if not all(torch.isfinite(value).all() for value in floats):
+    if not all(map(all_finite, floats)):
         raise InvalidAdapterError(
             f"The change of {module!r} has numbers beyond what float32 holds once its scale is "
             "folded in: check the scales in the config, or take an earlier checkpoint."

@@ -167,12 +167,24 @@ def _dequantised(name: str, tensors: Mapping[str, Tensor], how: Quantization) ->
     scales = to_float32(f"{name}{SCALE_SUFFIX}", tensors[f"{name}{SCALE_SUFFIX}"])
     values = torch.empty(math.prod(shape))
     # In pieces: unpacked all at once, it takes five times what the values take.
-    for start, piece in enumerate(packed.split(_PIECE * how.bits // 8)):
-        places = range(start * _PIECE, min((start + 1) * _PIECE, len(values)))
-        codes = unpacked_codes(piece, how.bits, len(places))
-        groups = torch.arange(places.start, places.stop) // how.group_size
-        torch.mul(codes, scales[groups], out=values[places.start : places.stop])
+    for start in range(0, len(values), _PIECE):
+        places = range(start, min(start + _PIECE, len(values)))
+        codes = packed[start * how.bits // 8 : (start + _PIECE) * how.bits // 8]
+        torch.mul(
+            unpacked_codes(codes, how.bits, len(places)),
+            _scales_of(places, scales, how.group_size),
+            out=values[start : places.stop],
+        )
     return values.view(shape)
+
+
+def _scales_of(places: range, scales: Tensor, group_size: int) -> Tensor:
+    """That of each of these elements."""
+    first, last = places[0] // group_size, places[-1] // group_size
+    bounds = torch.arange(first, last + 2) * group_size
+    return scales[first : last + 1].repeat_interleave(
+        bounds.clamp(places.start, places.stop).diff()
+    )
 
 
 def _places(bits: int) -> Tensor:

@@ -1,9 +1,10 @@
 """How large a rank may be, compared with the layer that it is for.
 
 No matrix has a rank above its smaller side, but adapters may have one: over narrow layers, where
-the config gives all layers the same, and where the rank is a product. A config's number alone must
-not make large matrices, so far above the layer's side it is refused; and where the file does not
-have the factors themselves, the change and an identity take their place, which are smaller.
+the config gives all layers the same, and where the rank is a product. Factors that are in the file
+are as large as they are. But a config's number alone must not make large matrices, so far above the
+layer's side it is refused there; and below that, the change and an identity take the place of the
+factors, which are smaller.
 """
 
 from __future__ import annotations

@@ -171,7 +171,10 @@ def _token_rows(name: str, tensor: Tensor, ids: list[int], layout: BaseLayout) -
 def _check_copy(names: Mapping[str, str], tensors: Mapping[str, Tensor], ids: Ids) -> None:
     """PEFT may save the rows of a head that follows the embedding a second time."""
     for module in names.keys() - ids.keys():
-        if EMBEDDING not in names or not tensors[names[module]].equal(tensors[names[EMBEDDING]]):
+        both = [name for name in (names[module], names.get(EMBEDDING)) if name is not None]
+        # In float32: tensors of different dtypes cannot always be compared.
+        rows = [to_float32(name, tensors[name]) for name in both]
+        if len(rows) < 2 or not torch.equal(*rows):
             raise InvalidAdapterError(
                 f"Tensor {names[module]!r} has rows of tokens that {CONFIG_FILE} does not name for "
                 "that module: take the config of the training."

@@ -50,7 +50,8 @@ def check_growth(folder: Path, layout: BaseLayout, limits: UploadLimits) -> None
     stored = sum(math.prod(shape[:-1]) * max(_LEAST_ROW, *shape[-1:]) for shape in shapes.values())
     _, modules = outline_adapter(config, shapes)
     sizes = _sizes(layout)
-    numbers = max(stored, sum(module.rank * sizes[name] for name, module in modules.items()))
+    made = sum(module.rank * sizes[name] + module.numbers for name, module in modules.items())
+    numbers = max(stored, made)
     most = limits.max_file_bytes // 2
     if numbers > most:
         raise TooLargeError(

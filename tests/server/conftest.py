@@ -19,6 +19,7 @@ from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.adapters_store.store import AdapterStore, StoreConfig
+from polydelta.engine.models import checkpoint
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.request import (
     FinishReason,
@@ -245,10 +246,21 @@ def refusal(client: TestClient) -> Callable[..., tuple[int, dict]]:
 
 @pytest.fixture
 def polydelta(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> Callable[..., tuple[int, str, str]]:
     """Runs `polydelta ...` in this process; (exit code, stdout, stderr)."""
     monkeypatch.setenv("COLUMNS", "250")
+    # Zeroing a larger one takes seconds.
+    monkeypatch.setenv("POLYDELTA_POOL", "64MiB")
+
+    def open_once(model: str | None) -> Checkpoint:
+        """Reading the default model's tokenizer takes seconds."""
+        return request.getfixturevalue("default_checkpoint") if model is None else opened(model)
+
+    opened = checkpoint.open_checkpoint
+    monkeypatch.setattr(checkpoint, "open_checkpoint", open_once)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["polydelta", *map(str, arguments)])

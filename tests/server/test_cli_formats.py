@@ -57,7 +57,10 @@ def test_every_format_is_listed_with_what_it_costs_or_why_it_is_refused(run: Run
 def test_costs_are_those_over_the_default_model(run: Run) -> None:
     table = by_format(run())
     # 30 layers, each with A [8, 576] twice and B [576, 8] and [192, 8]; over 3,538,944 weights.
-    assert table["LORA, LORA use_rslora"][4:] == ["0.434%", "921.6 KB"]
+    assert table["LORA, LORA use_rslora, LORA use_qalora, LORA use_bdlora"][4:] == [
+        "0.434%",
+        "921.6 KB",
+    ]
     # Twice 30 layers of 3 heads of 64, for each of 20 tokens.
     assert table["PREFIX_TUNING"][4:] == ["attends to 20 more", "460.8 KB"]
     assert table["LN_TUNING"][4] == "nothing"
@@ -65,4 +68,7 @@ def test_costs_are_those_over_the_default_model(run: Run) -> None:
 
 def test_another_dtype_takes_other_bytes(run: Run) -> None:
     table = by_format(run("--dtype", "float32"))
-    assert table["LORA, LORA use_rslora"][4:] == ["0.434%", "1.8 MB"]
+    assert table["LORA, LORA use_rslora, LORA use_qalora, LORA use_bdlora"][4:] == [
+        "0.434%",
+        "1.8 MB",
+    ]

@@ -17,14 +17,13 @@ from polydelta.adapters_store.formats.peft.rotations import cayley
 from polydelta.adapters_store.formats.peft_config import Config, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers
-from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 
 _R, _S = "boft_R", "boft_s"
 
 
 def _outline(_config: Config, shapes: ModuleShapes) -> ModuleOutline:
-    factors, blocks, size, _ = dimensions(shapes, _R, 4)
+    factors, blocks, size, _ = shapes.dimensions(_R, 4)
     shapes.check(_R, (factors, blocks, size, size), "a rotation of square blocks")
     shapes.check(_S, (*shapes[_S][:1], 1), "one scale an output")
     odd = factors > 1 and (size % 2 or blocks % (1 << min(factors - 1, 63)))

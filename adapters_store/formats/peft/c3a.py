@@ -10,14 +10,13 @@ from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import Config, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers
-from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 
 _KERNEL = "c3a_kernel"
 
 
 def _outline(_: Config, shapes: ModuleShapes) -> ModuleOutline:
-    dimensions(shapes, _KERNEL, 3)
+    shapes.dimensions(_KERNEL, 3)
     return ModuleOutline(Circulant.kind, 0)
 
 

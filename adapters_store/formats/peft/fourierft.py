@@ -19,7 +19,6 @@ from polydelta.adapters_store.formats.peft.random_places import RandomPlaces
 from polydelta.adapters_store.formats.peft_config import Config, key_rules, number
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers, seed
-from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 
 _SPECTRUM = "fourierft_spectrum"
@@ -40,7 +39,7 @@ def _settings(config: Config) -> _Settings:
 
 
 def _outline(_: _Settings, shapes: ModuleShapes) -> ModuleOutline:
-    dimensions(shapes, _SPECTRUM, 1)
+    shapes.dimensions(_SPECTRUM, 1)
     return ModuleOutline(Dense.kind, 0)
 
 

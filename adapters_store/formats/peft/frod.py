@@ -20,7 +20,6 @@ from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import Config, flag, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers
-from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
@@ -51,9 +50,9 @@ def _outline(config: Config, shapes: ModuleShapes) -> ModuleOutline:
             "save_projection=True."
         )
     shapes.need(_V, _PLACES, _SIZE)
-    (entries,) = dimensions(shapes, _VALUES, 1)
+    (entries,) = shapes.dimensions(_VALUES, 1)
     shapes.check(_PLACES, (2, entries), f"a row and a column for each of its {_VALUES}")
-    inputs, _ = dimensions(shapes, _V, 2)
+    inputs, _ = shapes.dimensions(_V, 2)
     shapes.check(_V, (inputs, inputs), "a basis of all inputs")
     shapes.check(_DIAGONAL, (inputs,), f"the size of its {_V}")
     shapes.check(_SIZE, (2,), "the size of a matrix")

@@ -21,7 +21,6 @@ from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import Config, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers, one_of, refuse_surplus
-from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
@@ -87,7 +86,7 @@ def _check_path(settings: _Settings, shapes: ModuleShapes, path: str) -> bool:
     for tensor in _ALL_TENSORS.difference(_TENSORS[way]):
         refuse_surplus(shapes, f"{path}.{tensor}", f"{_PATHS[path][0]} is {settings.ways[path]!r}")
     if way == "lora":
-        _, rank = dimensions(shapes, f"{path}.Xd", 2)
+        _, rank = shapes.dimensions(f"{path}.Xd", 2)
         shapes.check(f"{path}.Xu", (rank, *shapes[f"{path}.Xu"][1:]), f"the rank of {path}.Xd")
     return way != "none"
 

@@ -7,14 +7,13 @@ from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import Config, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers
-from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 
 _A, _B = "hira_A", "hira_B"
 
 
 def _outline(_config: Config, shapes: ModuleShapes) -> ModuleOutline:
-    rank, _ = dimensions(shapes, _A, 2)
+    rank, _ = shapes.dimensions(_A, 2)
     shapes.check_factors(_A, _B, rank, f"the rank of its {_A}")
     return ModuleOutline(Dense.kind, 0)
 

@@ -7,16 +7,13 @@ that is more than the layer's smaller side, the product itself is made instead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from polydelta.adapters_store.delta import LowRank
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import Config, key_rules
+from polydelta.adapters_store.formats.peft_config import key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import alpha_table, linear_layers, rank_table
-from polydelta.adapters_store.formats.peft_patterns import PatternTable
+from polydelta.adapters_store.formats.peft_options import Scales, linear_layers
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.formats.ranks import low_rank_of
 from polydelta.adapters_store.reference import CONFIG_FILE
@@ -24,29 +21,19 @@ from polydelta.adapters_store.reference import CONFIG_FILE
 _U1, _V1, _U2, _V2 = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
 
 
-@dataclass(frozen=True)
-class _Settings:
-    ranks: PatternTable[int]
-    alphas: PatternTable[float]
-
-
-def _settings(config: Config) -> _Settings:
-    return _Settings(rank_table(config), alpha_table("alpha", config))
-
-
-def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
-    rank = settings.ranks[shapes.module]
+def _outline(scales: Scales, shapes: ModuleShapes) -> ModuleOutline:
+    rank = scales.ranks[shapes.module]
     why = f"rank {rank} (r and rank_pattern in {CONFIG_FILE})"
     for u, v in ((_U1, _V1), (_U2, _V2)):
         shapes.check_factors(v, u, rank, why)
     return ModuleOutline(LowRank.kind, min(rank**2, *shapes[_U1][:1], *shapes[_V1][1:2]))
 
 
-def _read(settings: _Settings, tensors: ModuleTensors) -> tuple[LowRank]:
+def _read(scales: Scales, tensors: ModuleTensors) -> tuple[LowRank]:
     rank = tensors.shapes[_V1][0]
     for u, v in ((_U1, _V1), (_U2, _V2)):
         tensors.check_factors(v, u, rank)
-    scale = settings.alphas[tensors.module] / rank
+    scale = scales[tensors.module]
     if rank**2 > min(tensors.out_features, tensors.in_features):
         change = (tensors[_U1] @ tensors[_V1]) * (tensors[_U2] @ (tensors[_V2] * scale))
         return (low_rank_of(change),)
@@ -75,5 +62,5 @@ FORMAT = PeftFormat(
     outline_module=_outline,
     read_module=_read,
     targets=linear_layers,
-    settings=_settings,
+    settings=Scales.of,
 )

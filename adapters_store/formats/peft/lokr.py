@@ -3,18 +3,16 @@ given as a product of rank r. Both r and alpha may differ from module to module.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 from torch import Tensor
 
 from polydelta.adapters_store.delta import Kronecker
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.formats.outline import ModuleOutline
-from polydelta.adapters_store.formats.peft_config import Config, key_rules
+from polydelta.adapters_store.formats.peft_config import key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
-from polydelta.adapters_store.formats.peft_options import alpha_table, linear_layers, rank_table
-from polydelta.adapters_store.formats.peft_patterns import PatternTable
-from polydelta.adapters_store.formats.peft_shapes import dimensions
+from polydelta.adapters_store.formats.peft_options import Scales, linear_layers
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
@@ -23,27 +21,18 @@ _FACTORS = ("lokr_w1", "lokr_w2")
 _CORE = "lokr_t2"
 
 
-@dataclass(frozen=True)
-class _Settings:
-    ranks: PatternTable[int]
-    alphas: PatternTable[float]
-
-
-def _settings(config: Config) -> _Settings:
-    return _Settings(rank_table(config), alpha_table("alpha", config))
-
-
-def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
+def _outline(scales: Scales, shapes: ModuleShapes) -> ModuleOutline:
     if _CORE in shapes:
         raise InvalidAdapterError(
             f"Module {shapes.module!r} has {_CORE}, which belongs to a convolution: load the "
             "adapter over the base that it was trained on."
         )
-    rank = settings.ranks[shapes.module]
+    rank = scales.ranks[shapes.module]
     why = f"rank {rank} (r and rank_pattern in {CONFIG_FILE})"
     for factor in _FACTORS:
         _check_factor(factor, rank, why, shapes)
-    return ModuleOutline(Kronecker.kind, 0)
+    numbers = sum(math.prod(_shape(factor, shapes)) for factor in _FACTORS)
+    return ModuleOutline(Kronecker.kind, 0, numbers=numbers)
 
 
 def _check_factor(factor: str, rank: int, why: str, shapes: ModuleShapes) -> None:
@@ -54,7 +43,7 @@ def _check_factor(factor: str, rank: int, why: str, shapes: ModuleShapes) -> Non
                 f"Module {shapes.module!r} has {factor} both whole and as a product: save the "
                 "adapter again from the trained model."
             )
-        dimensions(shapes, factor, 2)
+        shapes.dimensions(factor, 2)
     elif a in shapes or b in shapes:
         shapes.need(a, b)
         shapes.check_factors(b, a, rank, why)
@@ -62,12 +51,11 @@ def _check_factor(factor: str, rank: int, why: str, shapes: ModuleShapes) -> Non
         shapes.need(factor)
 
 
-def _read(settings: _Settings, module: ModuleTensors) -> tuple[Kronecker]:
+def _read(scales: Scales, module: ModuleTensors) -> tuple[Kronecker]:
     (a, b), (c, d) = (_shape(factor, module.shapes) for factor in _FACTORS)
     module.check_change((a * c, b * d))
     left, right = (_value(factor, module) for factor in _FACTORS)
-    scale = settings.alphas[module.module] / settings.ranks[module.module]
-    return (Kronecker(left, right * scale),)
+    return (Kronecker(left, right * scales[module.module]),)
 
 
 def _shape(factor: str, shapes: ModuleShapes) -> tuple[int, int]:
@@ -101,5 +89,5 @@ FORMAT = PeftFormat(
     outline_module=_outline,
     read_module=_read,
     targets=linear_layers,
-    settings=_settings,
+    settings=Scales.of,
 )

@@ -28,7 +28,6 @@ from polydelta.adapters_store.formats.peft_config import (
 )
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers
-from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
@@ -76,7 +75,7 @@ def _series_terms(config: Config) -> int:
 
 
 def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
-    blocks, entries = dimensions(shapes, _R, 2)
+    blocks, entries = shapes.dimensions(_R, 2)
     size = _block_size(entries)
     shapes.check(_R, (blocks, size * (size - 1) // 2), "a triangle of each block")
     if settings.block_share:

@@ -13,15 +13,14 @@ from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import Config, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers
-from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 
 _U, _S, _V = (f"osf_svd_params.{factor}_low" for factor in "USV")
 
 
 def _outline(_config: Config, shapes: ModuleShapes) -> ModuleOutline:
-    outputs, rank = dimensions(shapes, _U, 2)
-    _, inputs = dimensions(shapes, _V, 2)
+    outputs, rank = shapes.dimensions(_U, 2)
+    _, inputs = shapes.dimensions(_V, 2)
     shapes.check(_S, (rank,), f"the rank of its {_U}")
     shapes.check(_V, (rank, inputs), f"the rank of its {_U}")
     if _is_cheap(outputs, inputs, rank):

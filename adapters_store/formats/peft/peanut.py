@@ -23,7 +23,6 @@ from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import Config, key_rules, number
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers, one_of, refuse_surplus
-from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
@@ -84,7 +83,7 @@ def _settings(config: Config) -> _Settings:
 
 
 def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
-    rank, _ = dimensions(shapes, _A, 2)
+    rank, _ = shapes.dimensions(_A, 2)
     shapes.check(_B, (*shapes[_B][:1], rank), f"the rank of its {_A}")
     depth = len(settings.encoders)
     for parameter in settings.encoders + settings.decoders:

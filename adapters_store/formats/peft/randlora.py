@@ -29,7 +29,6 @@ from polydelta.adapters_store.formats.peft_config import (
 )
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers, refuse_surplus, seed
-from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
@@ -71,12 +70,12 @@ def _settings(config: Config) -> _Settings:
 
 def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
     rank, why = settings.rank, f"r = {settings.rank} in {CONFIG_FILE}"
-    _, count = dimensions(shapes, _LAMBDA, 2)
+    _, count = shapes.dimensions(_LAMBDA, 2)
     shapes.check(_LAMBDA, (rank, count), why)
     shapes.check(_GAMMA, (count, *shapes[_GAMMA][1:2]), f"the number of bases in its {_LAMBDA}")
     if settings.saved:
         shapes.need(_SHARED_A, _SHARED_B)
-        _, _, width = dimensions(shapes, _SHARED_A, 3)
+        _, _, width = shapes.dimensions(_SHARED_A, 3)
         shapes.check(_SHARED_A, (rank, 1, width), why)
         shapes.check(_SHARED_B, (*shapes[_SHARED_B][:2], rank), why)
     else:

@@ -23,7 +23,6 @@ from polydelta.adapters_store.formats.peft_config import (
 )
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers, refuse_surplus
-from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.reference import CONFIG_FILE
 
@@ -87,7 +86,7 @@ def _settings(config: Config) -> _Settings:
 
 
 def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
-    count = dimensions(shapes, _VALUES, 1)
+    count = shapes.dimensions(_VALUES, 1)
     if settings.largest is None:
         shapes.need(_PLACES)
         shapes.check(_PLACES, count, f"the number of its {_VALUES}")

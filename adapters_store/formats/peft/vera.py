@@ -21,7 +21,6 @@ from polydelta.adapters_store.formats.outline import ModuleOutline
 from polydelta.adapters_store.formats.peft_config import Config, flag, key_rules, positive_int
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers, seed
-from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 from polydelta.adapters_store.formats.ranks import reduced
 from polydelta.adapters_store.reference import CONFIG_FILE
@@ -72,7 +71,7 @@ class _Vera:
         shapes.check(self.lambda_d, (a_rows,), why)
         if settings.saved:
             shapes.need(self.shared_a, self.shared_b)
-            _, inputs = dimensions(shapes, self.shared_a, 2)
+            _, inputs = shapes.dimensions(self.shared_a, 2)
             shapes.check(self.shared_a, (a_rows, inputs), why)
             shapes.check(self.shared_b, (*shapes[self.shared_b][:1], rank), why)
         elif shapes.num_shared:

@@ -21,7 +21,6 @@ from polydelta.adapters_store.formats.peft.wavelets import FILTERS, reconstruct
 from polydelta.adapters_store.formats.peft_config import Config, flag, key_rules, number
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers, one_of, seed
-from polydelta.adapters_store.formats.peft_shapes import dimensions
 from polydelta.adapters_store.formats.peft_tensors import Parameters
 
 _SPECTRUM = "waveft_spectrum"
@@ -43,9 +42,10 @@ def _settings(config: Config) -> _Settings:
     return _Settings(places, number("scaling", config.get("scaling")), wavelet)
 
 
-def _outline(_: _Settings, shapes: ModuleShapes) -> ModuleOutline:
-    dimensions(shapes, _SPECTRUM, 1)
-    return ModuleOutline(Sparse.kind, 0)
+def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
+    (count,) = shapes.dimensions(_SPECTRUM, 1)
+    spread = 1 if settings.wavelet is None else len(FILTERS[settings.wavelet]) ** 2
+    return ModuleOutline(Sparse.kind, 0, numbers=count * spread)
 
 
 def _read(settings: _Settings, module: ModuleTensors) -> tuple[Sparse]:
@@ -70,13 +70,14 @@ def _inverse(entries: Tensor, values: Tensor, shape: tuple[int, int], wavelet: s
     margin = len(FILTERS[wavelet]) - 2
     # The transform takes even sizes, and gives `margin` less.
     rows, columns = (size + margin + size % 2 for size in shape)
-    coefficients = torch.zeros(rows, columns)
-    coefficients[*(entries + margin // 2)] = values
+    half = torch.tensor([[rows // 2], [columns // 2]])
+    entries = entries + margin // 2
     # PEFT's upper right quarter is high-pass along the rows' axis, and its lower left along the
     # columns': they change places.
-    quarters = coefficients.view(2, rows // 2, 2, columns // 2).permute(2, 1, 0, 3)
-    change = reconstruct(quarters.reshape(rows, columns), wavelet)
-    return change[: shape[0], : shape[1]]
+    entries = (entries // half).flip(0) * half + entries % half
+    coefficients = torch.zeros(rows, columns)
+    coefficients[*entries] = values
+    return reconstruct(coefficients, wavelet)[: shape[0], : shape[1]]
 
 
 FORMAT = PeftFormat(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from polydelta.adapters_store.errors import InvalidAdapterError
-from polydelta.adapters_store.formats.csr import sparse_from_entries
+from polydelta.adapters_store.formats.csr import sparse_from_entries, sparse_from_matrix
 
 
 def test_entries_of_any_order_make_the_matrix_that_they_name() -> None:
@@ -39,3 +39,14 @@ def test_an_entry_outside_or_twice_is_refused(entry: tuple[int, int], message: s
     indices = torch.tensor([(2, 3), entry]).T
     with pytest.raises(InvalidAdapterError, match=message):
         sparse_from_entries("x", indices, torch.ones(2), (7, 5))
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (1, 9), (9, 1)])
+def test_a_matrix_keeps_its_entries_that_are_not_zero(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape) * (torch.rand(shape) < 0.4)
+    matrix[-1] = 0
+    delta = sparse_from_matrix(matrix)
+    assert (delta.shape, delta.nnz) == (shape, matrix.count_nonzero())
+    assert torch.equal(delta.dense(), matrix)
+    assert (delta.columns.dtype, delta.row_pointers.dtype) == (torch.int32, torch.int32)
+    assert delta.row_pointers[-1] == delta.row_pointers[-2] == delta.nnz

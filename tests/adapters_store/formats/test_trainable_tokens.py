@@ -52,10 +52,11 @@ def test_the_embedding_does_not_follow_a_tied_head(layout: BaseLayout) -> None:
     assert deltas.keys() == {HEAD}
 
 
-def test_a_copy_of_the_embeddings_rows_counts_once(layout: BaseLayout) -> None:
-    rows = torch.randn(2, 36)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+def test_a_copy_of_the_embeddings_rows_counts_once(dtype: torch.dtype, layout: BaseLayout) -> None:
+    rows = torch.randint(-8, 8, (2, 36)).float()
     config = {"trainable_token_indices": [9, 4]}
-    tensors = {beside(EMBEDDING): rows, beside(HEAD): rows.clone()}
+    tensors = {beside(EMBEDDING): rows, beside(HEAD): rows.to(dtype)}
     assert trainable_tokens.read_beside(config, tensors, layout).keys() == {EMBEDDING}
 
 

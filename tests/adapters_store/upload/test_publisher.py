@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +52,35 @@ def store(tmp_path: Path, own: Path) -> Iterator[AdapterStore]:
 
 
 @pytest.fixture
-def publisher(store: AdapterStore, adapter_files: Any, own: Path) -> Publisher:
-    layout = adapter_files.layout
-    tier = DiskTier(layout, torch.float32, store.packed_folder, store.content, 1 << 30)
-    return Publisher(store, tier, layout, UploadLimits(max_rank=8), [own])
+def make_publisher(
+    store: AdapterStore, adapter_files: Any, own: Path
+) -> Callable[[UploadLimits], Publisher]:
+    def make(limits: UploadLimits) -> Publisher:
+        layout = adapter_files.layout
+        tier = DiskTier(layout, torch.float32, store.packed_folder, store.content, 1 << 30)
+        return Publisher(store, tier, layout, limits, [own])
+
+    return make
+
+
+@pytest.fixture
+def publisher(make_publisher: Callable[[UploadLimits], Publisher]) -> Publisher:
+    return make_publisher(UploadLimits(max_rank=8))
+
+
+def send(publisher: Publisher, adapter_id: str, folder: Path, labels: Any = None) -> Published:
+    """A folder's files, as a client does."""
+    with publisher.begin() as upload:
+        for name in (CONFIG, WEIGHTS):
+            upload.open(name)
+            upload.write((folder / name).read_bytes())
+            upload.close()
+        return publisher.publish(adapter_id, upload.finish(), labels)
 
 
 @pytest.fixture
 def publish(publisher: Publisher) -> Publish:
-    """Sends a folder's files as a client does."""
-
-    def publish(adapter_id: str, folder: Path, labels: Any = None) -> Published:
-        with publisher.begin() as upload:
-            for name in (CONFIG, WEIGHTS):
-                upload.open(name)
-                upload.write((folder / name).read_bytes())
-                upload.close()
-            return publisher.publish(adapter_id, upload.finish(), labels)
-
-    return publish
+    return partial(send, publisher)
 
 
 @pytest.fixture
@@ -223,6 +234,21 @@ def test_a_rank_beyond_the_limit_is_refused_with_both_numbers(
     with pytest.raises(InvalidAdapterError, match=r"rank 9, but .* up to 8"):
         publish("a", large)
     assert_nothing(store, "a")
+
+
+def test_a_small_file_that_becomes_a_large_adapter_is_refused(
+    make_publisher: Callable[[UploadLimits], Publisher], store: AdapterStore, adapter_files: Any
+) -> None:
+    # Of q_proj in three layers, each with 36 inputs and outputs.
+    config = {"peft_type": "UNILORA", "r": 8, "theta_d_length": 1, "proj_seed": 1}
+    tensors = {"base_model.unilora_theta_d": torch.ones(1)}
+    folder = adapter_files.write("small", tensors, "SHIRA", **config)
+    least = 2 * 3 * 8 * 72
+    with pytest.raises(TooLargeError, match=r"becomes 1728 numbers .* takes up to 1727"):
+        send(make_publisher(UploadLimits(max_file_bytes=least - 2)), "a", folder)
+    assert_nothing(store, "a")
+    published = send(make_publisher(UploadLimits(max_file_bytes=least)), "a", folder)
+    assert published.record.facts.rank == 8
 
 
 def test_an_adapter_of_another_base_is_refused(

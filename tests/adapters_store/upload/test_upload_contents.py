@@ -193,5 +193,5 @@ def test_a_shira_has_no_rank(adapter_files: Any) -> None:
 
 
 def test_what_no_base_could_serve_is_refused(adapter_files: Any) -> None:
-    with pytest.raises(InvalidAdapterError, match="use_dora"):
-        check_outline(adapter_files.lora(use_dora=True), UploadLimits())
+    with pytest.raises(InvalidAdapterError, match="use_magic"):
+        check_outline(adapter_files.lora(use_magic=True), UploadLimits())

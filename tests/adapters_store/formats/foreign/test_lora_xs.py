@@ -142,6 +142,9 @@ REFUSED_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "iterations without end": (
         {"reconstruct_config": {"svd": {"n_iter": 10**6}}}, "n_iter of svd is 1000000",
     ),
+    "another decomposition": (
+        {"reconstruct_config": {"svd": {"algorithm": "arpack"}}}, "algorithm is 'arpack'; this",
+    ),
     "a rank that is not the file's": ({"r": 4}, r"rank 4 \(r in adapter_config.json\)"),
     "ranks of some modules": ({"rank_pattern": {"k_proj": 2}}, "rank_pattern is"),
     "DoRA": ({"use_dora": True}, "use_dora is True; it is an option of PEFT's LoRA"),

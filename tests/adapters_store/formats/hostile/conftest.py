@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,12 @@ from polydelta.adapters_store.formats import read_adapter
 from polydelta.adapters_store.reference import AdapterRef
 
 HIDDEN = 36
+
+# CPU seconds of one example, a thousand times what it takes.
+PATIENCE = 5.0
+# What the process may take above what it has.
+ROOM = 2 << 30
+
 MODULE = "model.layers.1.self_attn.q_proj"
 TWO = {"target_modules": ["layers.1.self_attn.q_proj", "layers.1.mlp.down_proj"]}
 ONE = {"target_modules": ["layers.1.self_attn.q_proj"]}
@@ -230,3 +240,36 @@ def read(
     return lambda config, tensors: read_adapter(
         AdapterRef("hostile", 1, write(config, tensors)), hostile_layout
     )
+
+
+@contextmanager
+def limited_time() -> Iterator[None]:
+    def give_up(signum: int, frame: object) -> None:
+        raise TimeoutError("The adapter took too long.")
+
+    before = signal.signal(signal.SIGVTALRM, give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@pytest.fixture
+def patience() -> Callable[[], AbstractContextManager[None]]:
+    """Ends what takes too long: of CPU time, so that a busy machine changes nothing."""
+    return limited_time
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """What does not fit raises, as torch has it, a RuntimeError."""
+    if sys.platform != "linux":
+        yield
+        return
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)

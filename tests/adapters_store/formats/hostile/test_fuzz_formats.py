@@ -6,12 +6,9 @@ import json
 import math
 import random
 import re
-import resource
-import signal
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +27,9 @@ Config = dict[str, Any]
 Tensors = dict[str, Tensor]
 
 # Of each adapter.
-EXAMPLES = 60
-# CPU seconds of one example, a thousand times what it takes.
-PATIENCE = 5.0
+EXAMPLES = 50
 # Times that tensors are changed to what a config asks for, and up to how many numbers.
 OBLIGING, LARGEST = 6, 1 << 20
-# What the process may take above what it has.
-ROOM = 2 << 30
 
 ODD_VALUES: tuple[Any, ...] = (
     None,
@@ -189,40 +182,12 @@ CHANGES = (
 )
 
 
-@contextmanager
-def patience() -> Iterator[None]:
-    """Ends what takes too long: of CPU time, so that a busy machine changes nothing."""
-
-    def give_up(signum: int, frame: object) -> None:
-        raise TimeoutError("The adapter took too long.")
-
-    before = signal.signal(signal.SIGVTALRM, give_up)
-    signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
-
-
-@pytest.fixture
-def little_memory() -> Iterator[None]:
-    """What does not fit raises, as torch has it, a RuntimeError."""
-    if sys.platform != "linux":
-        yield
-        return
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
-
-
 @pytest.mark.usefixtures("little_memory")
 def test_a_changed_adapter_is_read_or_refused_with_a_reason(
     sound_adapters: Mapping[str, Any],
     hostile_layout: BaseLayout,
     write: Callable[[Config, Tensors], Path],
+    patience: Callable[[], AbstractContextManager[None]],
 ) -> None:
     def attempt(config: Config, tensors: Tensors) -> str:
         """Why it is refused; an empty text when it is read."""

@@ -90,6 +90,14 @@ WRONG_TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
         {INDICES: places((0, 0), (torch.inf, 1), dtype=torch.float32)},
         "shira_indices' has NaN or infinite",
     ),
+    "a place between two": (
+        {INDICES: places((0, 0), (1.5, 1), dtype=torch.float32)},
+        "that are no whole numbers",
+    ),
+    "rounded places": (
+        {INDICES: places((0, 0), (1, 1), dtype=torch.bfloat16)},
+        r"is torch\.bfloat16: indices must be integers",
+    ),
     "a tensor of another format": (
         {f"{PREFIX}{Q1}.lora_A.weight": torch.ones(1, 36)},
         "lora_A.weight' cannot be served",

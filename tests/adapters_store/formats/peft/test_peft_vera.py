@@ -91,7 +91,7 @@ WRONG = {
     "B with too few rows": ({B: torch.ones(35, 3)}, r"up to shape \[35, 40\]"),
     "A of another rank": ({A: torch.ones(6, 40)}, r"vera_A' has shape \[6, 40\]"),
     "B of another rank": ({B: torch.ones(52, 2)}, r"vera_B' has shape \[52, 2\]"),
-    "a scalar A": ({A: torch.ones(())}, r"vera_A' has shape \[\]"),
+    "a scalar A": ({A: torch.ones(())}, r"vera_A of shape \[\]"),
     "a vector of another base": ({LAMBDA_B: torch.ones(12)}, r"lambda_b' has shape \[12\]"),
     "NaN in a shared matrix": ({A: torch.full((3, 40), torch.nan)}, "vera_A' has NaN"),
     "a matrix in a module": ({f"base_model.model.{Q1}.vera_A": torch.ones(3, 36)}, "cannot be"),
