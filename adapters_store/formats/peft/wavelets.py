@@ -139,8 +139,11 @@ def _along_rows(coefficients: Tensor, wavelet: str) -> Tensor:
     signs = torch.tensor([1.0, -1.0]).repeat(len(low) // 2)
     # [2, 1, f]; the high-pass filter is the low-pass one from its end on, signs alternating.
     filters = torch.stack((low, low.flip(0) * signs)).unsqueeze(1)
+    margin = len(low) - 2
+    result = torch.empty(len(coefficients), coefficients.shape[1] - margin)
     # In pieces: a convolution of all rows takes several times their memory.
-    pieces = (rows.unflatten(1, (2, -1)) for rows in coefficients.split(_ROWS))
-    return torch.cat(
-        [F.conv_transpose1d(halves, filters, stride=2, padding=len(low) - 2) for halves in pieces]
-    ).squeeze(1)
+    for start in range(0, len(result), _ROWS):
+        halves = coefficients[start : start + _ROWS].unflatten(1, (2, -1))
+        piece = F.conv_transpose1d(halves, filters, stride=2, padding=margin)
+        result[start : start + _ROWS] = piece.squeeze(1)
+    return result
