@@ -19,6 +19,7 @@ from polydelta.adapters_store.formats.peft_config import Config, flag, key_rules
 from polydelta.adapters_store.formats.peft_format import ModuleShapes, ModuleTensors, PeftFormat
 from polydelta.adapters_store.formats.peft_options import linear_layers
 from polydelta.adapters_store.formats.peft_tensors import Parameters
+from polydelta.adapters_store.formats.ranks import check_rank
 from polydelta.adapters_store.reference import CONFIG_FILE
 
 _U = "hra_u"
@@ -46,6 +47,8 @@ def _outline(settings: _Settings, shapes: ModuleShapes) -> ModuleOutline:
 
 def _read(settings: _Settings, module: ModuleTensors) -> tuple[LowRank]:
     module.check(_U, (module.in_features, settings.rank))
+    # T has as many rows and columns.
+    check_rank(module.module, settings.rank, (module.in_features, module.in_features))
     u = module[_U]
     lengths = u.norm(dim=0)
     if (lengths == 0).any():
