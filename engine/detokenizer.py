@@ -55,6 +55,8 @@ class Detokenizer:
 
     def _stopped(self) -> TextStep | None:
         """The end, where a stop string is in what is held: at the one that begins first."""
+        if not self._params.stop:
+            return None
         found = [(self._held.find(stop), stop) for stop in self._params.stop]
         place, stop = min((hit for hit in found if hit[0] >= 0), default=(0, None))
         if stop is None:
@@ -72,7 +74,9 @@ class Detokenizer:
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
     """Length of the longest end of the text that is the beginning of a stop string."""
-    longest = max(map(len, stops), default=1) - 1
+    if not stops:
+        return 0
+    longest = max(map(len, stops)) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stops):
             return length

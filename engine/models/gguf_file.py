@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from polydelta.engine.models.config import FAMILIES, ModelConfig, RopeConfig
 from polydelta.engine.models.errors import ModelError
+from polydelta.engine.models.gguf_head import GgufTensor, read_head
 
 # GGUF's tensor names -> Hugging Face's, within a block and outside of blocks.
 _BLOCK_NAMES: Mapping[str, str] = {
@@ -34,6 +36,8 @@ _OUTER_NAMES: Mapping[str, str] = {
 }
 # Llama 3's stretched frequencies come as a tensor of divisors, not as metadata.
 _ROPE_DIVISORS = "rope_freqs.weight"
+# Rows that are dequantised as one.
+JOINED_ROWS = 16
 
 
 class GgufFile:
@@ -42,12 +46,13 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._reader = gguf.GGUFReader(path)
+            head = read_head(path)
         except FileNotFoundError:
             raise ModelError(f"There is no file {path}.") from None
-        except Exception as damage:  # the reader raises whatever its parsing runs into
+        except Exception as damage:  # whatever its parsing runs into
             raise ModelError(f"{path.name} is not a readable GGUF file: {damage}") from None
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._metadata = head.metadata
+        self._tensors = head.tensors
         self._hf_names = {
             hf_name: name for name in self._tensors if (hf_name := _hf_name(name)) is not None
         }
@@ -55,8 +60,7 @@ class GgufFile:
 
     def field(self, key: str, default: Any = None) -> Any:
         """A metadata value, or the default."""
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+        return self._metadata.get(key, default)
 
     def names(self) -> Collection[str]:
         known = set(self._hf_names)
@@ -70,14 +74,21 @@ class GgufFile:
             return _unpermuted(values, heads)
         return values
 
-    def _dequantised(self, tensor: Any) -> Tensor:
+    def _dequantised(self, tensor: GgufTensor) -> Tensor:
+        # The library takes 16 rows at a time. Several rows as one make its operations fewer: all
+        # of the default model in 0.20 s, not 0.38 s.
+        rows = math.prod(tensor.data.shape[:-1])
+        together = tensor.data.reshape(rows // math.gcd(rows, JOINED_ROWS), -1)
         try:
-            return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            values = gguf.dequantize(together, tensor.kind)
         except NotImplementedError:
             raise ModelError(
                 f"Tensor {tensor.name!r} of {self.path.name} has the type "
-                f"{tensor.tensor_type.name}, which the gguf library cannot dequantise."
+                f"{tensor.kind.name}, which the gguf library cannot dequantise."
             ) from None
+        if not values.flags.writeable:  # float32 as it lies in the file, which torch must not hold
+            values = values.copy()
+        return torch.from_numpy(values.reshape(tensor.shape))
 
     def _read_config(self) -> ModelConfig:
         family = str(self.field("general.architecture"))
@@ -100,7 +111,7 @@ class GgufFile:
         eos = [self.field(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
         return ModelConfig(
             family=family,
-            vocab_size=int(self._tensors["token_embd.weight"].shape[1]),
+            vocab_size=self._tensors["token_embd.weight"].shape[0],
             hidden_size=hidden,
             intermediate_size=int(required("feed_forward_length")),
             num_layers=layers,

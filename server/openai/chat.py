@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 from fastapi import APIRouter, Request, Response
 
-from polydelta.engine.request import GenerationRequest, TokenLogprob
+from polydelta.engine.request import GenerationRequest, RequestOutput, TokenLogprob
 from polydelta.server.openai.collect import WholeChoice, collect
 from polydelta.server.openai.generation import Generation, unless_client_leaves
 from polydelta.server.openai.logprobs import chat_logprobs
@@ -25,7 +25,7 @@ from polydelta.server.openai.responses import (
 )
 from polydelta.server.openai.sampling import for_choices, output_limit, sampling_params
 from polydelta.server.openai.schemas import ChatRequest, StreamOptions
-from polydelta.server.openai.stream import EventStream, chunk_usage, reason, worth_a_chunk
+from polydelta.server.openai.stream import EventStream, chunk_usage, reason
 from polydelta.server.openai.usage import UsageCount
 from polydelta.server.service import Service
 
@@ -38,7 +38,7 @@ def chat_router(service: Service) -> APIRouter:
         """Answer a conversation, as the base model or as an adapter."""
         reply, generation = await _prepare(service, body)
         if body.stream:
-            return EventStream(generation, reply.chunks(generation))
+            return EventStream(generation, reply, reply.options)
         with generation:
             choices = await unless_client_leaves(
                 request, collect(generation, len(generation), reply.usage)
@@ -65,7 +65,7 @@ async def _prepare(service: Service, body: ChatRequest) -> tuple[ChatReply, Gene
         GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares)
         for index, choice in enumerate(for_choices(sampling, body.n))
     ]
-    return reply, Generation(engine, requests, service.metrics, lease)
+    return reply, Generation(engine, requests, service.metrics, lease, body.stream)
 
 
 class ChatReply:
@@ -76,6 +76,7 @@ class ChatReply:
         self.usage = UsageCount([prompt], body.n)
         self._created = int(time.time())
         self._body = body
+        self.options = body.stream_options or StreamOptions()
         self._tokenizer = service.engine.tokenizer
 
     def whole(self, choices: Sequence[WholeChoice]) -> ChatCompletion:
@@ -98,31 +99,35 @@ class ChatReply:
             usage=self.usage.usage(),
         )
 
-    async def chunks(self, generation: Generation) -> AsyncIterator[ChatChunk]:
-        options = self._body.stream_options or StreamOptions()
-        for index in range(self._body.n):
-            role = ChatChunkChoice(
+    def opening(self) -> list[ChatChunk]:
+        """The role of each choice."""
+        roles = [
+            ChatChunkChoice(
                 index=index,
                 delta=ChatDelta(role="assistant", content=""),
                 logprobs=None,
                 finish_reason=None,
                 stop_reason=None,
             )
-            yield self._chunk([role], chunk_usage(options, self.usage))
-        async for index, output in generation:
-            self.usage.add(index, output)
-            if worth_a_chunk(output, options):
-                choice = ChatChunkChoice(
-                    index=index,
-                    # An empty delta says that nothing was added, as the last one often does.
-                    delta=ChatDelta(content=output.text) if output.text else ChatDelta(),
-                    logprobs=self._write_logprobs(output.logprobs),
-                    finish_reason=reason(output),
-                    stop_reason=output.stop_reason,
-                )
-                yield self._chunk([choice], chunk_usage(options, self.usage))
-        if options.include_usage:
-            yield self._chunk([], {"usage": self.usage.usage()})
+            for index in range(self._body.n)
+        ]
+        return [self._chunk([role], chunk_usage(self.options, self.usage)) for role in roles]
+
+    def chunk(self, index: int, output: RequestOutput) -> ChatChunk:
+        choice = ChatChunkChoice(
+            index=index,
+            # An empty delta says that nothing was added, as the last one often does.
+            delta=ChatDelta(content=output.text) if output.text else ChatDelta(),
+            logprobs=self._write_logprobs(output.logprobs),
+            finish_reason=reason(output),
+            stop_reason=output.stop_reason,
+        )
+        return self._chunk([choice], chunk_usage(self.options, self.usage))
+
+    def closing(self) -> list[ChatChunk]:
+        if not self.options.include_usage:
+            return []
+        return [self._chunk([], {"usage": self.usage.usage()})]
 
     def _write_logprobs(self, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         return chat_logprobs(self._tokenizer, logprobs) if self._body.logprobs else None

@@ -21,12 +21,13 @@ class WholeChoice:
 async def collect(generation: Generation, count: int, usage: UsageCount) -> list[WholeChoice]:
     """The `count` choices, finished, in order. Raises ApiError when one of them failed."""
     choices = [WholeChoice() for _ in range(count)]
-    async for index, output in generation:
-        usage.add(index, output)
-        choice = choices[index]
-        choice.text += output.text
-        choice.logprobs += output.logprobs
-        if output.finish_reason is not None:
-            choice.finish_reason = output.finish_reason.value
-            choice.stop_reason = output.stop_reason
+    while outputs := await generation.take():
+        for index, output in outputs:
+            usage.add(index, output)
+            choice = choices[index]
+            choice.text += output.text
+            choice.logprobs += output.logprobs
+            if output.finish_reason is not None:
+                choice.finish_reason = output.finish_reason.value
+                choice.stop_reason = output.stop_reason
     return choices

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 from fastapi import APIRouter, Request, Response
 
-from polydelta.engine.request import GenerationRequest, SamplingParams, TokenLogprob
+from polydelta.engine.request import (
+    GenerationRequest,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprob,
+)
 from polydelta.server.openai.collect import WholeChoice, collect
 from polydelta.server.openai.generation import Generation, unless_client_leaves
 from polydelta.server.openai.logprobs import CompletionLogprobsWriter
@@ -21,7 +26,7 @@ from polydelta.server.openai.responses import (
 )
 from polydelta.server.openai.sampling import for_choices, output_limit, sampling_params
 from polydelta.server.openai.schemas import CompletionRequest, StreamOptions
-from polydelta.server.openai.stream import EventStream, chunk_usage, reason, worth_a_chunk
+from polydelta.server.openai.stream import EventStream, chunk_usage, reason
 from polydelta.server.openai.usage import UsageCount
 from polydelta.server.service import Service
 
@@ -37,7 +42,7 @@ def completions_router(service: Service) -> APIRouter:
         """Continue one prompt or many, with the base model or an adapter."""
         reply, generation = await _prepare(service, body)
         if body.stream:
-            return EventStream(generation, reply.chunks(generation))
+            return EventStream(generation, reply, reply.options)
         with generation:
             choices = await unless_client_leaves(
                 request, collect(generation, len(generation), reply.usage)
@@ -68,7 +73,7 @@ async def _prepare(service: Service, body: CompletionRequest) -> tuple[Completio
         GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares)
         for index, (prompt, choice) in enumerate(choices)
     ]
-    return reply, Generation(engine, requests, service.metrics, lease)
+    return reply, Generation(engine, requests, service.metrics, lease, body.stream)
 
 
 class CompletionReply:
@@ -81,6 +86,7 @@ class CompletionReply:
         self.usage = UsageCount(prompts, body.n)
         self._created = int(time.time())
         self._body = body
+        self.options = body.stream_options or StreamOptions()
         self._prompts = prompts
         self._tokenizer = service.engine.tokenizer
         self._logprobs = [
@@ -100,21 +106,27 @@ class CompletionReply:
         ]
         return self._completion(written, {"usage": self.usage.usage()})
 
-    async def chunks(self, generation: Generation) -> AsyncIterator[Completion]:
-        options = self._body.stream_options or StreamOptions()
-        if self._body.echo:
-            for index in range(len(self._logprobs)):
-                echo = self._choice(index, self._echo(index), (), None, None)
-                yield self._completion([echo], chunk_usage(options, self.usage))
-        async for index, output in generation:
-            self.usage.add(index, output)
-            if worth_a_chunk(output, options):
-                choice = self._choice(
-                    index, output.text, output.logprobs, reason(output), output.stop_reason
-                )
-                yield self._completion([choice], chunk_usage(options, self.usage))
-        if options.include_usage:
-            yield self._completion([], {"usage": self.usage.usage()})
+    def opening(self) -> list[Completion]:
+        if not self._body.echo:
+            return []
+        return [
+            self._chunk([self._choice(index, self._echo(index), (), None, None)])
+            for index in range(len(self._logprobs))
+        ]
+
+    def chunk(self, index: int, output: RequestOutput) -> Completion:
+        choice = self._choice(
+            index, output.text, output.logprobs, reason(output), output.stop_reason
+        )
+        return self._chunk([choice])
+
+    def closing(self) -> list[Completion]:
+        if not self.options.include_usage:
+            return []
+        return [self._completion([], {"usage": self.usage.usage()})]
+
+    def _chunk(self, choices: list[CompletionChoice]) -> Completion:
+        return self._completion(choices, chunk_usage(self.options, self.usage))
 
     def _choice(
         self,

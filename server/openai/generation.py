@@ -1,7 +1,10 @@
 """The bridge between the engine's thread and asyncio: the choices of one HTTP request.
 
-engine thread:  on_output --> call_soon_threadsafe --.
-event loop:                                          '--> queue --> async for index, output
+engine thread:  on_output --> what has arrived --> call_soon_threadsafe --.
+event loop:                                                               '--> take
+
+The loop wakes for every output of a stream, but for a whole body only when a choice has finished:
+waking it costs more than anything else that is done for a token.
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections import deque
+from collections.abc import Coroutine, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -43,12 +47,18 @@ class Generation:
         requests: Sequence[GenerationRequest],
         metrics: Metrics,
         lease: Lease,
+        streamed: bool,
     ) -> None:
+        """streamed: outputs are wanted as they come, and not when a choice has finished."""
         self._engine = engine
         self._requests = requests
         self._metrics = metrics
         self._lease = lease
-        self._outputs: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue()
+        self._streamed = streamed
+        # Choice, output and when it came, on the monotonic clock; the engine's thread adds to it.
+        self._arrived: deque[tuple[int, RequestOutput, float]] = deque()
+        # What `take` waits for.
+        self._news: asyncio.Future[None] | None = None
         # Choice -> id of the request, while the engine still works on it.
         self._unfinished: dict[int, str] = {}
         # Choice -> when its latest token came, on the monotonic clock.
@@ -79,38 +89,50 @@ class Generation:
         # After the aborts: the engine forgets a deleted version only when nobody runs with it.
         self._lease.release()
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """Outputs as they come, choices interleaved, until every choice has finished.
+    async def take(self) -> list[tuple[int, RequestOutput]]:
+        """What has come since the last time, choices interleaved; nothing when all have finished.
 
         Raises ApiError when the engine could not serve one of them.
         """
-        finished = 0
-        while finished < len(self._requests):
-            index, output = await self._outputs.get()
-            if output.finish_reason is FinishReason.ERROR:
+        while self._unfinished and not self._arrived:
+            self._news = self._loop.create_future()
+            await self._news
+        outputs: list[tuple[int, RequestOutput]] = []
+        while self._arrived:
+            index, output, came = self._arrived[0]
+            failed = output.finish_reason is FinishReason.ERROR
+            if failed and outputs:  # the next call tells of it
+                break
+            self._arrived.popleft()
+            self._observe(index, output, came)
+            if failed:
                 raise self._failure(index, output)
-            finished += output.finished
-            yield index, output
+            outputs.append((index, output))
+        return outputs
 
     def _hand_over(self, index: int, output: RequestOutput) -> None:
         """On the engine's thread."""
-        # A closed loop is a server that has stopped; nobody waits for the output.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._receive, index, output)
+        # The time is taken here: a slow client must not count as a slow engine.
+        self._arrived.append((index, output, time.monotonic()))
+        if self._streamed or output.finished:
+            # A closed loop is a server that has stopped; nobody waits for the output.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._tell)
 
-    def _receive(self, index: int, output: RequestOutput) -> None:
-        """On the event loop, at once: a slow client must not count as a slow engine."""
-        now = time.monotonic()
+    def _tell(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    def _observe(self, index: int, output: RequestOutput, came: float) -> None:
         if output.token_ids:
             if index in self._last_token:
-                self._metrics.inter_token_latency.observe(now - self._last_token[index])
+                self._metrics.inter_token_latency.observe(came - self._last_token[index])
             else:
-                self._metrics.time_to_first_token.observe(now - self._started)
-            self._last_token[index] = now
+                self._metrics.time_to_first_token.observe(came - self._started)
+            self._last_token[index] = came
         if output.finished:
-            self._metrics.request_latency.observe(now - self._started)
+            self._metrics.request_latency.observe(came - self._started)
             self._unfinished.pop(index, None)
-        self._outputs.put_nowait((index, output))
 
     def _abort_unfinished(self) -> None:
         for request_id in self._unfinished.values():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Protocol
 
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
@@ -22,41 +23,98 @@ logger = logging.getLogger(__name__)
 # Proxies that buffer or cache would turn the stream into a whole body.
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
+# As pydantic does it; `json.dumps` would make an encoder for every string.
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+# Stands for the text while a chunk is cut; no other field can be it.
+_TEXT = "\0"
+
+
+class Reply(Protocol):
+    """Makes the chunks of one stream."""
+
+    # Grows with every output.
+    usage: UsageCount
+
+    def opening(self) -> Sequence[BaseModel]:
+        """Chunks before all outputs."""
+
+    def chunk(self, index: int, output: RequestOutput) -> BaseModel:
+        """Of an output of a choice."""
+
+    def closing(self) -> Sequence[BaseModel]:
+        """Chunks after all outputs."""
+
 
 class EventStream(StreamingResponse):
-    """Sends `chunks` as they come. The generation runs as long as the response does: whatever
-    ends it (the last chunk, a client that hangs up, a server that stops) aborts what is left."""
+    """Sends the chunks of a reply, as many at a time as have come. The generation runs as long as
+    the response does: whatever ends it (the last chunk, a client that hangs up, a server that
+    stops) aborts what is left."""
 
-    def __init__(self, generation: Generation, chunks: AsyncIterator[BaseModel]) -> None:
-        super().__init__(_events(chunks), media_type="text/event-stream", headers=HEADERS)
+    def __init__(self, generation: Generation, reply: Reply, options: StreamOptions) -> None:
+        super().__init__(self._events(), media_type="text/event-stream", headers=HEADERS)
         self._generation = generation
+        self._reply = reply
+        self._writer = ChunkWriter(reply, options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._generation:
             await super().__call__(scope, receive, send)
 
+    async def _events(self) -> AsyncIterator[bytes]:
+        try:
+            if opening := self._reply.opening():
+                yield _events(map(_to_json, opening))
+            while outputs := await self._generation.take():
+                if written := self._writer.write(outputs):
+                    yield _events(written)
+            if closing := self._reply.closing():
+                yield _events(map(_to_json, closing))
+        except ApiError as error:
+            yield _events([json.dumps(error_body(error.status, error.message, error.param))])
+        except Exception:
+            # The status line is long gone; the client must not take the stream for complete.
+            logger.exception("A stream failed")
+            yield _events([json.dumps(error_body(500, "The server failed; its log says why."))])
+        yield _events(["[DONE]"])
 
-async def _events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
-    try:
-        async for chunk in chunks:
-            yield _event(chunk.model_dump_json(exclude_unset=True))
-    except ApiError as error:
-        yield _event(json.dumps(error_body(error.status, error.message, error.param)))
-    except Exception:
-        # The status line is long gone; the client must not take the stream for complete.
-        logger.exception("A stream failed")
-        yield _event(json.dumps(error_body(500, "The server failed; its log says why.")))
-    yield _event("[DONE]")
+
+class ChunkWriter:
+    """Writes outputs as JSON of chunks.
+
+    Nearly every chunk adds text and nothing else. Such a chunk is made once for each choice, and
+    cut where its text stands: the pieces are the same for all others.
+    """
+
+    def __init__(self, reply: Reply, options: StreamOptions) -> None:
+        self._reply = reply
+        self._options = options
+        # Choice -> what stands before its text, and what after it.
+        self._pieces: dict[int, tuple[str, str]] = {}
+
+    def write(self, outputs: Sequence[tuple[int, RequestOutput]]) -> list[str]:
+        written = []
+        for index, output in outputs:
+            self._reply.usage.add(index, output)
+            if output.logprobs or output.finished or self._options.continuous_usage_stats:
+                written.append(_to_json(self._reply.chunk(index, output)))
+            elif output.text:  # else it is held back: half a character, the start of a stop string
+                before, after = self._pieces.get(index) or self._cut(index)
+                written.append(f"{before}{_encode(output.text)}{after}")
+        return written
+
+    def _cut(self, index: int) -> tuple[str, str]:
+        whole = _to_json(self._reply.chunk(index, RequestOutput("", _TEXT, ())))
+        before, _, after = whole.partition(_encode(_TEXT))
+        self._pieces[index] = before, after
+        return before, after
 
 
-def _event(data: str) -> str:
-    return f"data: {data}\n\n"
+def _to_json(chunk: BaseModel) -> str:
+    return chunk.model_dump_json(exclude_unset=True)
 
 
-def worth_a_chunk(output: RequestOutput, options: StreamOptions) -> bool:
-    """False while text is held back (half a character, the start of a stop string) and there is
-    nothing else to tell."""
-    return bool(output.text or output.logprobs or output.finished or options.continuous_usage_stats)
+def _events(data: Iterable[str]) -> bytes:
+    return "".join(f"data: {one}\n\n" for one in data).encode()
 
 
 def reason(output: RequestOutput) -> str | None:

@@ -151,3 +151,22 @@ def test_hundred_requests_at_once_get_their_own_answers(app, engine):
             events = [line.removeprefix("data: ") for line in body.decode().split("\n\n")[:-2]]
             text = "".join(json.loads(event)["choices"][0]["text"] for event in events)
             assert text == f"number {index}"
+
+
+def test_the_loop_is_woken_for_a_whole_body_only_when_it_is_whole(app, engine):
+    """And for a stream with every token: waking it is what costs."""
+
+    async def wakes(stream):
+        loop, woken = asyncio.get_running_loop(), []
+        call = loop.call_soon_threadsafe
+
+        def counted(callback, *arguments):
+            woken.append(callback.__name__)
+            return call(callback, *arguments)
+
+        loop.call_soon_threadsafe = counted
+        await Client(app, "/v1/completions", {"prompt": "a", "stream": stream}).call
+        return woken.count("_tell")
+
+    assert asyncio.run(wakes(stream=False)) == 1
+    assert asyncio.run(wakes(stream=True)) == len("Hello")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from polydelta.engine.request import FinishReason, RequestOutput
+from polydelta.server.openai.responses import Completion, CompletionChoice
+from polydelta.server.openai.schemas import StreamOptions
+from polydelta.server.openai.stream import ChunkWriter, reason
+from polydelta.server.openai.usage import UsageCount
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -112,3 +118,73 @@ def test_a_bug_in_mid_stream_is_an_event_too(stream, engine):
     events = stream(COMPLETIONS, logprobs=1)
     assert events[-1]["error"]["code"] == 500
     assert "division" not in events[-1]["error"]["message"]
+
+
+class OneReply:
+    """Makes chunks; in its model's name there is what looks like the place of a text."""
+
+    def __init__(self):
+        self.usage = UsageCount([[1, 2]], 3)
+        self.made = 0
+
+    def opening(self):
+        return []
+
+    def closing(self):
+        return []
+
+    def chunk(self, index, output):
+        self.made += 1
+        choice = CompletionChoice(
+            index=index,
+            text=output.text,
+            logprobs=None,
+            finish_reason=reason(output),
+            stop_reason=output.stop_reason,
+        )
+        return Completion(
+            id="cmpl-1",
+            object="text_completion",
+            created=1,
+            model='"text":"\\u0000"',
+            choices=[choice],
+            usage=None,
+        )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a",
+        '"',
+        "\\",
+        "\n\r\t\b\f",
+        "\0",
+        "\x1b\x7f",
+        "\u2028 é \N{SNOWMAN} 😀",
+        "</script>",
+        "null",
+    ],
+)
+def test_a_chunk_of_text_alone_is_written_as_pydantic_writes_it(text):
+    reply = OneReply()
+    writer = ChunkWriter(reply, StreamOptions())
+    for index in (0, 2):
+        output = RequestOutput("r", text, (1,))
+        (written,) = writer.write([(index, output)])
+        assert written == reply.chunk(index, output).model_dump_json(exclude_unset=True)
+
+
+def test_chunks_of_text_alone_are_made_once_for_each_choice():
+    reply = OneReply()
+    writer = ChunkWriter(reply, StreamOptions())
+    outputs = [(place % 2, RequestOutput("r", f"word {place}", (1,))) for place in range(9)]
+    written = writer.write([*outputs, (0, RequestOutput("r", "", (1,)))])
+    assert [json.loads(one)["choices"][0]["text"] for one in written] == [
+        f"word {place}" for place in range(9)
+    ]
+    assert reply.made == 2
+    last = RequestOutput("r", "end", (1,), finish_reason=FinishReason.LENGTH)
+    (written,) = writer.write([(0, last)])
+    assert json.loads(written)["choices"][0]["finish_reason"] == "length"
+    assert reply.usage.usage().completion_tokens == 11
