@@ -1,7 +1,7 @@
 # Two commands: `make serve` and `make test`. Each makes what it needs; the second time it is quick.
 #
 #   PYTHON       the Python (3.11 to 3.13) that .venv is made with
-#   ARGS         options for `polydelta serve`, or for pytest
+#   ARGS         options for `polydelta serve`, for pytest or for the benchmark
 #   WORKERS      processes that run tests side by side: a number, or auto for one a core
 #   PIP_ARGS     more options for every `pip install`, such as --index-url
 #   TORCH_INDEX  where torch is looked for besides pip's own index: by default PyTorch's index of CPU
@@ -27,7 +27,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgro
 # Where mypy finds the package's folders under the name that they are imported by.
 TYPECHECK := build/typecheck
 
-.PHONY: help serve test test-quick lint format venv test-venv lint-venv
+.PHONY: help serve test test-quick bench lint format venv test-venv lint-venv
 .DELETE_ON_ERROR:
 
 help:  ## This list.
@@ -41,6 +41,9 @@ test: $(TEST)  ## Run the whole test suite; options for pytest in ARGS="-k sched
 
 test-quick: $(TEST)  ## Run the tests that take less than about ten seconds each.
 	@$(PYTEST) -m "not slow" $(ARGS)
+
+bench: $(TEST)  ## Measure against PEFT, the machine's floor and over HTTP; options in ARGS="--rounds 1".
+	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
 lint: $(LINT)  ## Check style, format and types: ruff and mypy.
 	@mkdir -p $(TYPECHECK)/polydelta
