@@ -52,7 +52,7 @@ def build_engine(
     report("Opening the model", 0, 1)
     checkpoint = open_checkpoint(model)
     report("Opening the model", 1, 1)
-    kernels = kernels_for(DEVICE)
+    kernels = kernels_for(DEVICE, torch_dtype(config.dtype))
     # On a thread that ends: a thread's OpenMP team lives as long as it does, and where teams have
     # more threads than there are cores, all of them sleep at every barrier instead of spinning
     # (a decode step of 16 tokens on 2 cores: 25 ms with one team, 36 ms beside an idle one).

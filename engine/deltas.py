@@ -1,13 +1,13 @@
 """Adapters on top of a decoder that does not know them: what they can change, wrapped.
 
 Rows of a step are sorted by adapter, so that each adapter's rows are one slice. A wrapped layer
-computes the base's result for all rows at once and then applies each adapter's deltas to its slice.
+computes the base's result for all rows at once; what adapters change comes on top of that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
@@ -15,8 +15,9 @@ from torch import Tensor
 from polydelta.engine.linear_deltas import LinearDeltas
 from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.models.layers import Norm
-from polydelta.engine.pool_adapter import PoolAdapter
-from polydelta.kernels.ops import Linear
+from polydelta.engine.pool_adapter import PoolAdapter, linear_site
+from polydelta.kernels.delta_groups import DeltaGroup, DeltaSegment, Linear
+from polydelta.kernels.ops import Kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +35,39 @@ class AdapterSegment:
         return slice(self.start, self.stop)
 
 
-@dataclass(eq=False)
 class StepDeltas:
-    """What the wrapped layers apply in the step at hand; rows of the bare base are in none."""
+    """What the wrapped layers apply in the step at hand; rows of the bare base are in no segment.
 
-    segments: Sequence[AdapterSegment] = field(default_factory=tuple)
-    # The same of the rows whose logits are computed, counted among these.
-    sample_segments: Sequence[AdapterSegment] = field(default_factory=tuple)
+    Most adapters change nothing but outputs of linear layers, and these go in one group: where
+    nobody does anything else, no layer looks through the segments.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self.begin(())
+
+    def begin(
+        self, segments: Sequence[AdapterSegment], sample_segments: Sequence[AdapterSegment] = ()
+    ) -> None:
+        """sample_segments: the same of the rows whose logits are computed, counted among these."""
+        self.group = self._grouped(segments) if segments else None
+        self.input_scaling = [s for s in segments if s.adapter.scales_inputs]
+        self.norms = [s for s in segments if s.adapter.changes_norms]
+        self.embeddings = [s for s in segments if s.adapter.changes_tokens]
+        self.final_norms = [s for s in sample_segments if s.adapter.changes_norms]
+        self.heads = [s for s in sample_segments if s.adapter.changes_tokens]
+
+    @property
+    def only_outputs(self) -> bool:
+        """Whether nothing but outputs of linear layers is changed."""
+        return not (
+            self.input_scaling or self.norms or self.embeddings or self.final_norms or self.heads
+        )
+
+    def _grouped(self, segments: Sequence[AdapterSegment]) -> DeltaGroup:
+        return self._kernels.group_deltas(
+            [DeltaSegment(s.start, s.stop, s.adapter.sites, s.weight) for s in segments]
+        )
 
 
 def wrap_decoder(decoder: Decoder, deltas: StepDeltas) -> None:
@@ -54,24 +81,28 @@ def wrap_decoder(decoder: Decoder, deltas: StepDeltas) -> None:
 
 
 def _linear(deltas: StepDeltas, layer: int, index: int, linear: Linear) -> Linear:
+    site = linear_site(layer, index)
+
     def wrapped(x: Tensor) -> Tensor:
-        active = [
-            (segment, changes)
-            for segment in deltas.segments
-            if (changes := segment.adapter.linear(layer, index)) is not None
-        ]
-        y = linear(_scaled(x, active))
-        for segment, changes in active:
-            changes.apply(y[segment.rows], x[segment.rows], segment.weight, linear)
+        if deltas.group is None:
+            return linear(x)
+        if not deltas.input_scaling:
+            return deltas.group.multiply(site, linear, x)
+        each = [(s, s.adapter.linear(layer, index)) for s in deltas.input_scaling]
+        scaling = [(s, changes) for s, changes in each if changes and changes.scales_input]
+        y = linear(_scaled(x, scaling))
+        for segment, changes in scaling:
+            changes.scale_parts(y[segment.rows], x[segment.rows], linear)
+        deltas.group.apply(site, y, x)
         return y
 
     return wrapped
 
 
-def _scaled(x: Tensor, active: Sequence[tuple[AdapterSegment, LinearDeltas]]) -> Tensor:
+def _scaled(x: Tensor, scaling: Sequence[tuple[AdapterSegment, LinearDeltas]]) -> Tensor:
     """The base's input: x itself where no adapter scales it."""
     scaled = x
-    for segment, changes in active:
+    for segment, changes in scaling:
         if changes.input_scale is not None:
             scaled = x.clone() if scaled is x else scaled
             scaled[segment.rows] *= changes.input_scale
@@ -81,7 +112,7 @@ def _scaled(x: Tensor, active: Sequence[tuple[AdapterSegment, LinearDeltas]]) ->
 def _norm(deltas: StepDeltas, layer: int, index: int, norm: Norm) -> Norm:
     def wrapped(x: Tensor, weight: Tensor | None = None) -> Tensor:
         y = norm(x, weight)
-        for segment in deltas.segments:
+        for segment in deltas.norms:
             own = segment.adapter.norm(layer, index)
             if own is not None:
                 y[segment.rows] = norm(x[segment.rows], own)
@@ -93,7 +124,7 @@ def _norm(deltas: StepDeltas, layer: int, index: int, norm: Norm) -> Norm:
 def _final_norm(deltas: StepDeltas, norm: Norm) -> Norm:
     def wrapped(x: Tensor, weight: Tensor | None = None) -> Tensor:
         y = norm(x, weight)
-        for segment in deltas.sample_segments:
+        for segment in deltas.final_norms:
             own = segment.adapter.final_norm
             if own is not None:
                 y[segment.rows] = norm(x[segment.rows], own)
@@ -105,7 +136,7 @@ def _final_norm(deltas: StepDeltas, norm: Norm) -> Norm:
 def _embedding(deltas: StepDeltas, embed: Linear) -> Linear:
     def wrapped(tokens: Tensor) -> Tensor:
         embedded = embed(tokens)
-        for segment in deltas.segments:
+        for segment in deltas.embeddings:
             changes = segment.adapter.embedding
             if changes is not None:
                 changes.apply(embedded[segment.rows], tokens[segment.rows], segment.weight)
@@ -117,11 +148,13 @@ def _embedding(deltas: StepDeltas, embed: Linear) -> Linear:
 def _head(deltas: StepDeltas, head: Linear) -> Linear:
     def wrapped(hidden: Tensor) -> Tensor:
         logits = head(hidden)
-        for segment in deltas.sample_segments:
+        for segment in deltas.heads:
             changes = segment.adapter.head
             if changes is not None:
                 rows = segment.rows
-                changes.apply(logits[rows], hidden[rows], segment.weight, head)
+                own = logits[rows].to(hidden.dtype)
+                changes.apply(own, hidden[rows], segment.weight, head)
+                logits[rows] = own.float()
         return logits
 
     return wrapped

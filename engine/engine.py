@@ -157,6 +157,7 @@ class Engine:
 
     def _loop(self) -> None:
         try:
+            self._runner.enter_thread()
             while not self._stopping:
                 self._wake.clear()
                 self._take_commands()

@@ -16,8 +16,9 @@ from polydelta.adapters_store.packed_deltas import PackedLowRank, PackedSparse
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.delta_views import low_rank_view, sparse_view
 from polydelta.engine.models.decoder import Decoder
+from polydelta.kernels.delta_groups import Linear
 from polydelta.kernels.delta_weights import LowRankWeights, SparseWeights
-from polydelta.kernels.ops import FusableLinear, FusedDelta, Linear
+from polydelta.kernels.ops import FusableLinear, FusedDelta
 
 logger = logging.getLogger(__name__)
 

@@ -20,19 +20,20 @@ from polydelta.adapters_store.packed_deltas import (
 )
 from polydelta.adapters_store.packed_tensors import vector_view
 from polydelta.engine.delta_views import PackedAdd, PackedChange, add_weights, change_weights
-from polydelta.kernels.ops import AddDelta, ChangeOutput, Kernels, Linear
+from polydelta.kernels.delta_groups import Linear, OutputBias, SiteDeltas
+from polydelta.kernels.ops import Kernels
 
 # What is bound to a linear layer.
 PackedLinear = PackedAdd | PackedChange | PackedInputScale | PackedBias
 
 
 @dataclass(frozen=True, eq=False)
-class PartVector:
-    """Columns of y, start : start + count, and a vector for them."""
+class PartScale:
+    """What the input of some columns of y, start : start + count, is multiplied with."""
 
     start: int
     count: int
-    # [count], or [in] where it scales the input of these outputs; float32
+    # [in] float32
     vector: Tensor
 
 
@@ -43,26 +44,25 @@ class LinearDeltas:
     # [in] float32: what the base's input is multiplied with
     input_scale: Tensor | None = None
     # The same for some outputs only, which must be computed once more.
-    part_scales: list[PartVector] = field(default_factory=list)
-    changes: list[ChangeOutput] = field(default_factory=list)
-    adds: list[AddDelta] = field(default_factory=list)
-    biases: list[PartVector] = field(default_factory=list)
+    part_scales: list[PartScale] = field(default_factory=list)
+    # What is done to the output then.
+    output: SiteDeltas = field(default_factory=SiteDeltas)
+
+    @property
+    def scales_input(self) -> bool:
+        return self.input_scale is not None or bool(self.part_scales)
 
     def apply(self, y: Tensor, x: Tensor, weight: float, base: Linear) -> None:
         """y `[rows, out]`: the base's product of x `[rows, in]`, times `input_scale`, changed in
         place. weight: the adapter's in a sum, of what it adds."""
+        self.scale_parts(y, x, base)
+        self.output.apply(y, x, weight)
+
+    def scale_parts(self, y: Tensor, x: Tensor, base: Linear) -> None:
+        """`part_scales` alone; arguments as in `apply`."""
         for part in self.part_scales:
             again = base((x * part.vector).to(x.dtype)).narrow(1, part.start, part.count)
             y.narrow(1, part.start, part.count).copy_(again)
-        for change in self.changes:
-            change(y)
-        if self.adds:
-            # What can be in a sum is linear in x, so that the weight may be taken there.
-            inputs = x if weight == 1.0 else x * weight
-            for add in self.adds:
-                add(y, inputs)
-        for bias in self.biases:
-            y.narrow(1, bias.start, bias.count).add_(bias.vector, alpha=weight)
 
     def bind(self, delta: PackedLinear, data: Tensor, dtype: torch.dtype, kernels: Kernels) -> None:
         """One more. data: the layer's bytes in the pool; dtype: the adapter's."""
@@ -71,14 +71,14 @@ class LinearDeltas:
                 self.input_scale = vector_view(data, delta.vector)
             case PackedInputScale():
                 vector = vector_view(data, delta.vector)
-                self.part_scales.append(PartVector(delta.out_start, delta.out_features, vector))
+                self.part_scales.append(PartScale(delta.out_start, delta.out_features, vector))
             case PackedBias():
-                vector = vector_view(data, delta.vector)
-                self.biases.append(PartVector(delta.out_start, len(vector), vector))
+                bias = OutputBias(delta.out_start, vector_view(data, delta.vector))
+                self.output.biases.append(bias)
             case PackedScale() | PackedRotate():
-                self.changes.append(kernels.change_output(change_weights(delta, data)))
+                self.output.changes.append(kernels.change_output(change_weights(delta, data)))
             case _:
-                self.adds.append(kernels.add_delta(add_weights(delta, data, dtype)))
+                self.output.adds.append(kernels.add_delta(add_weights(delta, data, dtype)))
 
 
 @dataclass(frozen=True, eq=False)

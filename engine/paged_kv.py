@@ -53,6 +53,11 @@ class PagedKV:
             for window, shape in self._shapes.items()
         }
 
+    @property
+    def plans(self) -> list[Any]:
+        """What attention was given by `prepare`."""
+        return list(self._plans.values())
+
     def store(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Ready-made keys and values `[tokens, kv_heads, head_dim]`; slots: as in `prepare`."""
         self._kernels.store_kv(self._layers[layer], keys, values, slots)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polydelta.adapters_store.packed import PackedAdapter, PackedLayer
-from polydelta.adapters_store.packed_deltas import FINAL_NORM_INDEX
+from polydelta.adapters_store.packed_deltas import FINAL_NORM_INDEX, PackedInputScale, PackedNorm
 from polydelta.engine.linear_deltas import LayerDeltas, LinearDeltas, bind_layer
 from polydelta.engine.token_deltas import (
     EmbeddingDeltas,
@@ -17,7 +17,16 @@ from polydelta.engine.token_deltas import (
     bind_tokens,
     changes_tokens,
 )
+from polydelta.kernels.delta_groups import AdapterSites, SiteDeltas
 from polydelta.kernels.ops import Kernels
+
+# Fused linear layers of a decoder layer: `BaseLayout.linears`.
+LINEARS_PER_LAYER = 4
+
+
+def linear_site(layer: int, index: int) -> int:
+    """The number of a linear layer in the decoder; index: in `BaseLayout.linears`."""
+    return layer * LINEARS_PER_LAYER + index
 
 
 class PoolAdapter:
@@ -39,7 +48,11 @@ class PoolAdapter:
         self._deltas = [layer.deltas for layer in packed.layers]
         # What is bound. Of scattered pages: the layer at hand, and tokens never.
         self._layers: dict[int, LayerDeltas] = {}
-        self._tokens = None if changes_tokens(self._deltas) else TokenDeltas()
+        self.changes_tokens = changes_tokens(self._deltas)
+        self._tokens = None if self.changes_tokens else TokenDeltas()
+        each = [delta for deltas in self._deltas for delta in deltas]
+        self.scales_inputs = any(isinstance(delta, PackedInputScale) for delta in each)
+        self.changes_norms = any(isinstance(delta, PackedNorm) for delta in each)
         self._first = pages[0] if pages else 0
         self._in_one_run = list(pages) == list(range(self._first, self._first + len(pages)))
         for layer, content in enumerate(packed.layers):
@@ -47,6 +60,11 @@ class PoolAdapter:
         if self._in_one_run:
             self._layers = {layer: self._bind(layer) for layer in range(len(packed.layers))}
             self._tokens = self._of_tokens()
+        # What it does to the outputs of linear layers, by `linear_site`.
+        self.sites: AdapterSites = _BoundSites(self)
+        if self._in_one_run:
+            count = linear_site(len(packed.layers), 0)
+            self.sites = kernels.bind_sites([self.sites[site] for site in range(count)])
 
     def linear(self, layer: int, index: int) -> LinearDeltas | None:
         """What it does to one linear layer, by its index in `BaseLayout.linears`."""
@@ -100,3 +118,14 @@ class PoolAdapter:
             return self._tokens
         layers = [self._in_pool(layer) for layer in range(len(self._deltas))]
         return bind_tokens(layers, self._dtype, self._kernels)
+
+
+class _BoundSites:
+    """The sites of an adapter, bound when they are asked for."""
+
+    def __init__(self, adapter: PoolAdapter) -> None:
+        self._adapter = adapter
+
+    def __getitem__(self, site: int) -> SiteDeltas | None:
+        deltas = self._adapter.linear(*divmod(site, LINEARS_PER_LAYER))
+        return None if deltas is None else deltas.output

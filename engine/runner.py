@@ -19,6 +19,7 @@ from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
 from polydelta.engine.pool_adapter import PoolAdapter
 from polydelta.engine.prefix_kv import fill_prefix
+from polydelta.engine.recorded_steps import RecordedSteps
 from polydelta.engine.sampler import Sampler
 from polydelta.engine.sequence import SampledToken, Schedule, Sequence as TokenSequence
 from polydelta.kernels.ops import Kernels
@@ -45,16 +46,21 @@ class Runner:
         self._block_size = block_size
         page_bytes = kv_page_bytes(config, block_size, dtype)
         # [layers, pages, page_bytes]
-        self._storage = torch.zeros((config.num_layers, num_pages, page_bytes), dtype=torch.uint8)
+        self._storage = kernels.zeros(config.num_layers, num_pages, page_bytes)
         self._kv = PagedKV(self._storage, config, block_size, dtype, kernels)
-        self._deltas = StepDeltas()
+        self._deltas = StepDeltas(kernels)
         self._host = host
         self._fusion = self._policy = None
         if fuse_after is not None:
             self._fusion = Fusion(fusable_linears(decoder))
             self._policy = FusionPolicy(fuse_after)
         wrap_decoder(decoder, self._deltas)
+        self._recorded = RecordedSteps(decoder, self._kv, self._deltas, kernels)
         self._sampler = Sampler(config.vocab_size)
+
+    def enter_thread(self) -> None:
+        """To be called by the thread that runs the steps, before its first."""
+        self._kernels.enter_thread()
 
     def bind_adapter(self, packed: PackedAdapter, pages: Sequence[int]) -> PoolAdapter:
         """Copies a packed adapter into pages of the pool, in the order of `count_pages`."""
@@ -62,7 +68,7 @@ class Runner:
         count = count_pages(packed, page_bytes, self._block_size).weights
         if packed.prefix is not None:
             # Virtual tokens are the bare base's.
-            self._deltas.segments = ()
+            self._deltas.begin(())
             if self._fusion is not None:
                 self._fusion.settle(None, self._host.peek)
             with torch.inference_mode():
@@ -114,7 +120,10 @@ class Runner:
                 if share.ref != fused
             ]
 
-        self._deltas.segments = segments(batch.adapter_rows)
-        self._deltas.sample_segments = segments(batch.sample_adapter_rows)
+        self._deltas.begin(segments(batch.adapter_rows), segments(batch.sample_adapter_rows))
+        # Where an adapter is in the weights they lie elsewhere than when a step was recorded.
+        logits = self._recorded.compute(batch) if fused is None else None
+        if logits is not None:
+            return logits
         hidden = self._decoder.hidden_states(batch.tokens, batch.positions, self._kv)
         return self._decoder.logits(hidden.index_select(0, batch.sample_rows))

@@ -24,8 +24,9 @@ from polydelta.adapters_store.packed_deltas import (
 )
 from polydelta.adapters_store.packed_tensors import matrix_view, vector_view
 from polydelta.engine.linear_deltas import LinearDeltas
+from polydelta.kernels.delta_groups import Linear
 from polydelta.kernels.delta_weights import LowRankBlock, LowRankWeights
-from polydelta.kernels.ops import Kernels, Linear
+from polydelta.kernels.ops import Kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +145,7 @@ def _bind_head(layers: Sequence[PackedLayer], dtype: torch.dtype, kernels: Kerne
                 b_t = matrix_view(data, block.b_t, dtype)
                 blocks.append(LowRankBlock(block.out_start, block.rank_start, b_t))
     if a is not None:
-        linear.adds.append(kernels.add_delta(LowRankWeights(a, tuple(blocks))))
+        linear.output.adds.append(kernels.add_delta(LowRankWeights(a, tuple(blocks))))
     return HeadDeltas(_replaced_rows(layers, HEAD_LINEAR, dtype), linear)
 
 

@@ -13,19 +13,21 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from polydelta.kernels.delta_groups import (
+    AdapterSites,
+    AddDelta,
+    ChangeOutput,
+    DeltaGroup,
+    DeltaSegment,
+    Linear,
+    SiteDeltas,
+)
 from polydelta.kernels.delta_weights import (
     AddWeights,
     ChangeWeights,
     LowRankWeights,
     SparseWeights,
 )
-
-# x: [tokens, in] -> [tokens, out]
-Linear = Callable[[Tensor], Tensor]
-# add(y, x): y += f(x), in place; y: [tokens, out], x: [tokens, in]
-AddDelta = Callable[[Tensor, Tensor], None]
-# change(y): y = f(y), in place; y: [tokens, out]
-ChangeOutput = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -83,18 +85,40 @@ class FusableLinear(Protocol):
         """
 
 
+class RecordedStep(Protocol):
+    """A step that was computed once and can be computed again with other inputs."""
+
+    def replay(self, inputs: Sequence[Any]) -> Tensor:
+        """inputs: like those that it was recorded with. The result is overwritten by the next."""
+
+
 class Kernels(Protocol):
-    """One device's versions of every operation."""
+    """One device's versions of every operation; for one thread at a time."""
+
+    def enter_thread(self) -> None:
+        """To be called by the thread that runs the steps, before its first."""
+
+    def zeros(self, *shape: int) -> Tensor:
+        """uint8, for the pool: much of it is not used for long."""
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> FusableLinear:
         """`x @ weight.T + bias`, the weight (`[out, in]`) laid out once as the device likes it."""
+
+    def head(self, weight: Tensor) -> Linear:
+        """`x @ weight.T` in float32, whatever the dtype of x and of the weight (`[out, in]`)."""
+
+    def gather(self, table: Tensor, rows: Tensor) -> Tensor:
+        """Rows `[n]` int64 of a table `[*, size]` -> `[n, size]`."""
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y, in the place of x; both `[tokens, size]`."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x: `[..., hidden]`, weight: `[hidden]` (arXiv:1910.07467)."""
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotary embedding of x `[tokens, heads, head_dim]`; cos, sin: `[tokens, head_dim]`, as
-        `rope_tables` makes them."""
+        """Rotary embedding of x `[tokens, heads, head_dim]`, perhaps in its place; cos, sin:
+        `[tokens, head_dim]`, as `rope_tables` makes them."""
 
     def silu_mul(self, x: Tensor) -> Tensor:
         """x: `[tokens, 2 * n]`, gate beside up -> `silu(gate) * up`, `[tokens, n]`."""
@@ -121,13 +145,29 @@ class Kernels(Protocol):
     def change_output(self, weights: ChangeWeights) -> ChangeOutput:
         """What the weights make of y; prepared once for the weights where they lie."""
 
+    def bind_sites(self, sites: Sequence[SiteDeltas | None]) -> AdapterSites:
+        """An adapter whose weights stay where they are, ready to be grouped with others."""
 
-def kernels_for(device: torch.device) -> Kernels:
-    """The fastest kernels for a device."""
+    def group_deltas(self, segments: Sequence[DeltaSegment]) -> DeltaGroup:
+        """The adapters of a step. Segments with the same rows are a sum; all others have none in
+        common."""
+
+    def record(
+        self, inputs: Sequence[Any], run: Callable[[], Tensor]
+    ) -> tuple[Tensor, RecordedStep | None]:
+        """What `run` gives, and the way to compute it again, where the backend has one.
+
+        inputs: tensors, attention plans and delta groups that `run` works with. Those of a replay
+        have the same shapes, and take the place of these. `run` may be called twice.
+        """
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The fastest kernels for a device and the dtype of the model."""
     if device.type == "cpu":
-        from polydelta.kernels.cpu.kernels import CpuKernels
+        from polydelta.kernels.cpu.choice import cpu_kernels
 
-        return CpuKernels()
+        return cpu_kernels(dtype)
     from polydelta.kernels.reference import ReferenceKernels
 
     return ReferenceKernels()

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from polydelta.kernels.delta_groups import (
+    AddDelta,
+    ChangeOutput,
+    DeltaSegment,
+    Linear,
+    SegmentLoop,
+    SiteDeltas,
+)
 from polydelta.kernels.delta_weights import (
     AddWeights,
     ChangeWeights,
@@ -17,7 +26,7 @@ from polydelta.kernels.delta_weights import (
     SparseWeights,
 )
 from polydelta.kernels.fusing import FusableWeight, FusedWeight, with_deltas
-from polydelta.kernels.ops import AddDelta, AttentionShape, ChangeOutput, SequenceSlice
+from polydelta.kernels.ops import AttentionShape, SequenceSlice
 from polydelta.kernels.reference_deltas import add_delta, change_output
 
 
@@ -44,8 +53,23 @@ class DenseLinear(FusableWeight):
 class ReferenceKernels:
     """The truth that faster kernels are tested against; runs on any device."""
 
+    def enter_thread(self) -> None:
+        pass
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.uint8)
+
     def linear(self, weight: Tensor, bias: Tensor | None) -> DenseLinear:
         return DenseLinear(weight, bias)
+
+    def head(self, weight: Tensor) -> Linear:
+        return lambda x: torch.nn.functional.linear(x, weight).float()
+
+    def gather(self, table: Tensor, rows: Tensor) -> Tensor:
+        return table[rows]
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.add_(y)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
@@ -96,6 +120,15 @@ class ReferenceKernels:
 
     def change_output(self, weights: ChangeWeights) -> ChangeOutput:
         return partial(change_output, weights)
+
+    def bind_sites(self, sites: Sequence[SiteDeltas | None]) -> Sequence[SiteDeltas | None]:
+        return sites
+
+    def group_deltas(self, segments: Sequence[DeltaSegment]) -> SegmentLoop:
+        return SegmentLoop(segments)
+
+    def record(self, inputs: Sequence[Any], run: Callable[[], Tensor]) -> tuple[Tensor, None]:  # noqa: ARG002
+        return run(), None
 
 
 def visible(sequence: SequenceSlice, window: int | None, device: torch.device) -> Tensor:

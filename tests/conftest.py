@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from polydelta.adapters_store.base_layout import BaseLayout
-from polydelta.engine.build import assemble
+from polydelta.engine.build import assemble, torch_dtype
 from polydelta.engine.config import EngineConfig
 from polydelta.engine.engine import Engine
 from polydelta.engine.models.base_weights import checkpoint_layout
@@ -97,7 +97,9 @@ def running_engine(
 ) -> Iterator[Engine]:
     """A started float32 engine that balances its books whenever it goes idle."""
     options = {"dtype": "float32", "pool_bytes": 64 << 20, "check_integrity": True} | options
-    engine = assemble(checkpoint, EngineConfig(**options), kernels_for(torch.device("cpu")))
+    config = EngineConfig(**options)
+    kernels = kernels_for(torch.device("cpu"), torch_dtype(config.dtype))
+    engine = assemble(checkpoint, config, kernels)
     engine.start()
     try:
         yield engine

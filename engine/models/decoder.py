@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from polydelta.adapters_store.base_layout import BaseLayout, BaseWeights
@@ -25,13 +24,15 @@ from polydelta.engine.models.layers import (
 )
 from polydelta.engine.models.rope import rope_tables
 from polydelta.engine.models.weights import Weights
-from polydelta.kernels.ops import Kernels, Linear
+from polydelta.kernels.delta_groups import Linear
+from polydelta.kernels.ops import Kernels
 
 
 class DecoderLayer:
     def __init__(self, config: ModelConfig, layer: int, weights: Weights, kernels: Kernels):
         prefix, size, eps = f"model.layers.{layer}", config.hidden_size, config.rms_norm_eps
         linears = fused_linears(config)
+        self.kernels = kernels
         self.attention_norm: Norm = RMSNorm(
             f"{prefix}.input_layernorm", size, eps, weights, kernels
         )
@@ -42,8 +43,9 @@ class DecoderLayer:
         self.mlp = MLP(layer, linears[2:], weights, kernels)
 
     def __call__(self, hidden: Tensor, rotation: Rotation, cache: PagedAttention) -> Tensor:
-        hidden = self.attention(self.attention_norm(hidden), rotation, cache).add_(hidden)
-        return self.mlp(self.mlp_norm(hidden)).add_(hidden)
+        attended = self.attention(self.attention_norm(hidden), rotation, cache)
+        hidden = self.kernels.add(attended, hidden)
+        return self.kernels.add(self.mlp(self.mlp_norm(hidden)), hidden)
 
     def wrap_linears(self, wrap: Callable[[int, Linear], Linear]) -> None:
         """Puts `wrap(index, linear)` in the place of each linear layer, the index being the one
@@ -76,10 +78,11 @@ class Decoder:
         dtype: torch.dtype,
     ) -> None:
         self.config = config
+        self.kernels = kernels
         embedding_shape = (config.vocab_size, config.hidden_size)
         embedding = weights.take("model.embed_tokens.weight", embedding_shape)
         # tokens [tokens] int64 -> [tokens, hidden]
-        self.embed: Linear = partial(_embed, embedding)
+        self.embed: Linear = partial(kernels.gather, embedding)
         self.layers = [
             DecoderLayer(config, layer, weights, kernels) for layer in range(config.num_layers)
         ]
@@ -90,7 +93,7 @@ class Decoder:
             head = embedding
         else:
             head = weights.take("lm_head.weight", embedding_shape)
-        self.lm_head: Linear = kernels.linear(head, None)
+        self.lm_head: Linear = kernels.head(head)
         self.cos, self.sin = rope_tables(config.rope, config.head_dim, max_positions, dtype)
         weights.finish()
 
@@ -100,18 +103,15 @@ class Decoder:
 
     def forward_embedded(self, hidden: Tensor, positions: Tensor, cache: PagedAttention) -> Tensor:
         """hidden: `[tokens, hidden]`, embeddings -> the same shape, before the last norm."""
-        rotation = Rotation(self.cos[positions], self.sin[positions])
+        gather = self.kernels.gather
+        rotation = Rotation(gather(self.cos, positions), gather(self.sin, positions))
         for layer in self.layers:
             hidden = layer(hidden, rotation, cache)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[rows, hidden]` -> `[rows, vocab]`, float32."""
-        return self.lm_head(self.norm(hidden)).float()
-
-
-def _embed(embedding: Tensor, tokens: Tensor) -> Tensor:
-    return F.embedding(tokens, embedding)
+        return self.lm_head(self.norm(hidden))
 
 
 def base_layout(

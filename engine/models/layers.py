@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from polydelta.adapters_store.base_layout import FusedLinear, LinearPart, NormPart
 from polydelta.engine.models.config import ModelConfig
 from polydelta.engine.models.weights import Weights
-from polydelta.kernels.ops import Kernels, Linear
+from polydelta.kernels.delta_groups import Linear
+from polydelta.kernels.ops import Kernels
 
 
 class PagedAttention(Protocol):
@@ -137,13 +139,14 @@ class Attention:
         # [tokens, heads + 2 * kv_heads, head_dim]
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim))
         queries_keys, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        rotate = partial(self.kernels.rotate, cos=rotation.cos, sin=rotation.sin)
         if self.q_norm and self.k_norm:
             queries, keys = queries_keys.split((heads, kv_heads), 1)
-            queries_keys = torch.cat((self.q_norm(queries), self.k_norm(keys)), 1)
-        rotated = self.kernels.rotate(queries_keys, rotation.cos, rotation.sin)
-        queries, keys = rotated[:, :heads], rotated[:, heads:]
+            queries, keys = rotate(self.q_norm(queries)), rotate(self.k_norm(keys))
+        else:
+            queries, keys = rotate(queries_keys).split((heads, kv_heads), 1)
         mixed = cache.attend(self.layer, queries, keys, values)
-        return self.o_proj(mixed.flatten(1))
+        return self.o_proj(mixed.view(len(x), -1))
 
 
 class MLP:

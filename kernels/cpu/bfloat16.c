@@ -2,6 +2,7 @@
  *
  * The loops are plain so that the compiler makes vectors of them for whatever machine it runs on.
  */
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -11,6 +12,8 @@ static inline float widen(uint16_t value) {
     memcpy(&result, &bits, sizeof result);
     return result;
 }
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* To the nearest, ties to even; a NaN keeps its high bits, and stays one. */
 static inline uint16_t narrow(float value) {

@@ -188,3 +188,10 @@ void polydelta_rotate(uint16_t *y, int64_t y_stride, const uint16_t *x, int64_t 
             out[i] = narrow(d->cos[i] * scratch[i] + d->sin[i] * scratch[d->partner[i]]);
     }
 }
+
+void polydelta_add_bias(uint16_t *y, int64_t y_stride, const uint16_t *x, int64_t x_stride,
+                        int64_t rows, int64_t in, const Vector *d, float *scratch) {
+    (void)x, (void)x_stride, (void)in, (void)scratch;
+    for (int64_t row = 0; row < rows; row++)
+        add_rounded(y + row * y_stride + d->out_start, d->vector, d->out);
+}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polydelta.kernels.cpu.native import NativeLibrary
 from polydelta.kernels.cpu.native_deltas import bind
+from polydelta.kernels.delta_groups import AddDelta, ChangeOutput
 from polydelta.kernels.delta_weights import (
     AddWeights,
     ChangeWeights,
@@ -19,7 +20,6 @@ from polydelta.kernels.delta_weights import (
     OneBitWeights,
     SparseWeights,
 )
-from polydelta.kernels.ops import AddDelta, ChangeOutput
 from polydelta.kernels.reference_deltas import add_delta as add_by_reference, change_output
 
 # Up to so many rows, a bfloat16 delta goes to our own kernel, which reads its weights once and has
@@ -31,37 +31,47 @@ NATIVE_ROWS = 16
 FEW_ROWS = {SparseWeights: 4, KroneckerWeights: 4, CirculantWeights: 2}
 
 
-def add_delta(weights: AddWeights, library: NativeLibrary | None) -> AddDelta:
-    """See `ops.Kernels.add_delta`. Matrices have the dtype of x and y."""
-    for_many = _for_many_rows(weights, library)
-    if library is None:
-        return for_many
-    native = bind(library, weights)
-    most = FEW_ROWS.get(type(weights), NATIVE_ROWS)
+class FewRowsDelta:
+    """`y += f(x)` by our own kernel for few rows, by torch for many. Matrices have the dtype of x
+    and y."""
 
-    def add(y: Tensor, x: Tensor) -> None:
+    def __init__(self, weights: AddWeights, library: NativeLibrary) -> None:
+        self.native = bind(library, weights)
+        self.most_rows = FEW_ROWS.get(type(weights), NATIVE_ROWS)
+        self._for_many = _for_many_rows(weights, library)
+
+    def __call__(self, y: Tensor, x: Tensor) -> None:
         adjacent = x.stride(1) == y.stride(1) == 1
-        if x.shape[0] <= most and adjacent and x.dtype == torch.bfloat16:
-            native.add(y, x)
+        if x.shape[0] <= self.most_rows and adjacent and x.dtype == torch.bfloat16:
+            self.native.add(y, x)
         else:
-            for_many(y, x)
+            self._for_many(y, x)
 
-    return add
+
+class NativeChange:
+    """`y = f(y)` by our own kernel, where y is bfloat16."""
+
+    def __init__(self, weights: ChangeWeights, library: NativeLibrary) -> None:
+        self.native = bind(library, weights)
+        self._weights = weights
+
+    def __call__(self, y: Tensor) -> None:
+        if y.dtype == torch.bfloat16 and y.stride(1) == 1:
+            self.native.change(y)
+        else:
+            change_output(self._weights, y)
+
+
+def add_delta(weights: AddWeights, library: NativeLibrary | None) -> AddDelta:
+    """See `ops.Kernels.add_delta`."""
+    if library is None:
+        return _for_many_rows(weights, library)
+    return FewRowsDelta(weights, library)
 
 
 def change(weights: ChangeWeights, library: NativeLibrary | None) -> ChangeOutput:
     """See `ops.Kernels.change_output`."""
-    if library is None:
-        return partial(change_output, weights)
-    native = bind(library, weights)
-
-    def change(y: Tensor) -> None:
-        if y.dtype == torch.bfloat16 and y.stride(1) == 1:
-            native.change(y)
-        else:
-            change_output(weights, y)
-
-    return change
+    return partial(change_output, weights) if library is None else NativeChange(weights, library)
 
 
 def _for_many_rows(weights: AddWeights, library: NativeLibrary | None) -> AddDelta:

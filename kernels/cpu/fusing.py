@@ -2,7 +2,7 @@
 
 A sparse delta writes its entries where they lie in the packed weight. A low-rank one changes every
 entry: it gets a packed weight of its own, summed block by block without unpacking. In the rare case
-of both in one layer, or where oneDNN's layout is unknown, the sum is taken of plain matrices.
+of both in one layer, or where the layout is unknown, the sum is taken of plain matrices.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from polydelta.kernels.cpu.native import NativeLibrary
-from polydelta.kernels.cpu.packed_layout import PackedLayout, layout_of, memory_of, pack
+from polydelta.kernels.cpu.packed_layout import PackedLayout, Packing
 from polydelta.kernels.delta_weights import LowRankWeights, SparseWeights
 from polydelta.kernels.fusing import FusableWeight, Fused, FusedWeight, entry_rows, with_deltas
 
@@ -28,6 +28,7 @@ class FusedEntries(Fused):
     def __init__(
         self,
         linear: FusableWeight,
+        packing: Packing,
         places: Tensor,
         old: Tensor,
         new: Tensor,
@@ -36,7 +37,7 @@ class FusedEntries(Fused):
         """places: `[n]` int64, ascending, all different, into the memory of `linear.base`;
         old, new: `[n]`."""
         super().__init__(linear)
-        self._memory = memory_of(linear.base)
+        self._memory = packing.memory(linear.base)
         # 2^31 elements are 4 GiB of bfloat16: wider layers go by torch.
         self._library = library if len(self._memory) < 2**31 else None
         self._places = places if self._library is None else places.int()
@@ -64,25 +65,26 @@ class FusedEntries(Fused):
 @torch.inference_mode()
 def prepare(
     linear: FusableWeight,
+    packing: Packing,
     deltas: Sequence[LowRankWeights | SparseWeights],
     library: NativeLibrary | None,
 ) -> Fused:
-    """`ops.FusableLinear.prepare` for a packed weight."""
-    base = _copy_of_base(linear)
-    layout = layout_of(base.shape, base.dtype)
+    """`ops.FusableLinear.prepare` for a weight in a packing."""
+    base = _copy_of_base(linear, packing)
+    layout = packing.layout
     match deltas:
         case [SparseWeights() as delta] if layout is not None:
             places, order = layout.places(entry_rows(delta), delta.columns.long()).sort()
-            old = memory_of(base).index_select(0, places)
+            old = packing.memory(base).index_select(0, places)
             new = (old.float() + delta.values.index_select(0, order).float()).to(old.dtype)
-            return FusedEntries(linear, places, old, new, library)
+            return FusedEntries(linear, packing, places, old, new, library)
         case [LowRankWeights() as delta] if layout is not None:
-            blocks = layout.blocks(memory_of(base))
+            blocks = layout.blocks(packing.memory(base))
             for product in block_products(layout, delta):
                 product.add(blocks, blocks)
             return FusedWeight(linear, base)
         case _:
-            return FusedWeight(linear, pack(with_deltas(base.to_dense(), deltas)))
+            return FusedWeight(linear, packing.pack(with_deltas(packing.unpack(base), deltas)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,13 +141,13 @@ def _paired(a: Tensor, b_t: Tensor, layout: PackedLayout) -> tuple[Tensor, Tenso
     return left, right.view(blocks, pair * rank, rows * pair)
 
 
-def _copy_of_base(linear: FusableWeight) -> Tensor:
+def _copy_of_base(linear: FusableWeight, packing: Packing) -> Tensor:
     """The packed weight as it was loaded, whatever is in it now."""
     with linear.lock:
         copy = linear.base.clone()
-        memory = memory_of(copy)
+        memory = packing.memory(copy)
         # Once more, because oneDNN's copy makes zeros of subnormal numbers.
-        memory.copy_(memory_of(linear.base))
+        memory.copy_(packing.memory(linear.base))
         if isinstance(linear.fused, FusedEntries):
             linear.fused.restore(memory)
     return copy

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,28 +11,51 @@ from torch import Tensor
 
 from polydelta.kernels.cpu import attention, deltas, native
 from polydelta.kernels.cpu.linear import PackedLinear
-from polydelta.kernels.delta_weights import AddWeights, ChangeWeights
-from polydelta.kernels.ops import (
+from polydelta.kernels.cpu.memory import lazy_zeros
+from polydelta.kernels.cpu.native import NativeLibrary
+from polydelta.kernels.delta_groups import (
+    AdapterSites,
     AddDelta,
-    AttentionShape,
     ChangeOutput,
-    FusableLinear,
-    SequenceSlice,
+    DeltaGroup,
+    DeltaSegment,
+    Linear,
+    SegmentLoop,
+    SiteDeltas,
 )
+from polydelta.kernels.delta_weights import AddWeights, ChangeWeights
+from polydelta.kernels.ops import AttentionShape, FusableLinear, RecordedStep, SequenceSlice
 from polydelta.kernels.reference import DenseLinear
 
 
 class CpuKernels:
     """oneDNN products on packed weights, torch's flash attention over gathered pages, and a kernel
-    of our own for small deltas where there is a C compiler. For one thread at a time."""
+    of our own for small deltas where there is a C compiler."""
 
-    def __init__(self) -> None:
-        self._native = native.load()
+    def __init__(self, library: NativeLibrary | None = None) -> None:
+        """library: loaded if it is not given."""
+        self._native = library or native.load()
+
+    def enter_thread(self) -> None:
+        pass
+
+    def zeros(self, *shape: int) -> Tensor:
+        return lazy_zeros(shape)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> FusableLinear:
         if not torch.backends.mkldnn.is_available():
             return DenseLinear(weight, bias)
         return PackedLinear(weight, bias, self._native)
+
+    def head(self, weight: Tensor) -> Linear:
+        linear = self.linear(weight, None)
+        return lambda x: linear(x).float()
+
+    def gather(self, table: Tensor, rows: Tensor) -> Tensor:
+        return F.embedding(rows, table)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.add_(y)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -66,3 +90,16 @@ class CpuKernels:
 
     def change_output(self, weights: ChangeWeights) -> ChangeOutput:
         return deltas.change(weights, self._native)
+
+    def bind_sites(self, sites: Sequence[SiteDeltas | None]) -> AdapterSites:
+        return sites
+
+    def group_deltas(self, segments: Sequence[DeltaSegment]) -> DeltaGroup:
+        return SegmentLoop(segments)
+
+    def record(
+        self,
+        inputs: Sequence[Any],  # noqa: ARG002
+        run: Callable[[], Tensor],
+    ) -> tuple[Tensor, RecordedStep | None]:
+        return run(), None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polydelta.kernels.cpu import fusing
 from polydelta.kernels.cpu.native import NativeLibrary
-from polydelta.kernels.cpu.packed_layout import pack
+from polydelta.kernels.cpu.packed_layout import OneDnnPacking
 from polydelta.kernels.delta_weights import LowRankWeights, SparseWeights
 from polydelta.kernels.fusing import FusableWeight, Fused
 
@@ -22,7 +22,8 @@ class PackedLinear(FusableWeight):
     """`x @ weight.T + bias` for weight `[out, in]`. Needs torch's mkldnn backend."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, library: NativeLibrary | None) -> None:
-        super().__init__(pack(weight))
+        self._packing = OneDnnPacking(weight.shape, weight.dtype)
+        super().__init__(self._packing.pack(weight))
         self._bias = bias
         self._library = library
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
@@ -32,4 +33,4 @@ class PackedLinear(FusableWeight):
         return y
 
     def prepare(self, deltas: Sequence[LowRankWeights | SparseWeights]) -> Fused:
-        return fusing.prepare(self, deltas, self._library)
+        return fusing.prepare(self, self._packing, deltas, self._library)

@@ -2,28 +2,46 @@
 
 The library is kept in the user's cache folder, under a digest of its source, its flags and the
 machine. Where there is no compiler, `load` returns None and torch computes instead.
+
+Every function takes one struct of numbers and pointers. Those that a decoder is made of share their
+work among the threads of a pool; they are there on machines with AVX512-BF16 only.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
+import weakref
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from polydelta.kernels.cpu.arena import Arena
+
+logger = logging.getLogger(__name__)
+
 # Compiled as one, in this order.
 _SOURCES = ("bfloat16.c", "low_rank.c", "deltas.c", "one_bit.c", "fusing.c")
+_DECODER_SOURCES = (
+    "threads.c", "lanes.c", "products.c", "layers.c", "attention.c", "groups.c",
+)  # fmt: skip
 _DELTAS = (
     "add_low_rank", "add_sparse", "add_columns", "add_rows", "add_kronecker", "add_circulant",
-    "add_top_k", "add_one_bit", "scale", "rotate",
+    "add_top_k", "add_one_bit", "add_bias", "scale", "rotate",
+)  # fmt: skip
+_DECODER = (
+    "multiply", "pack", "rms_norm", "embed_positions", "silu_mul", "add", "gather", "store_kv",
+    "attend", "add_group", "multiply_group", "replay",
 )  # fmt: skip
 # Sums may be taken in any order, or no loop of them becomes vectors. Not -ffast-math: a library
 # linked with it switches subnormal numbers off in the whole process when it is loaded.
@@ -33,9 +51,96 @@ _FLAGS = (
     "-fassociative-math",
     "-fno-signed-zeros",
     "-fno-trapping-math",
+    "-fno-math-errno",
     "-shared",
     "-fPIC",
+    "-pthread",
 )
+
+
+class Struct:
+    """A struct in C of numbers and pointers, which take 8 bytes each, so that there are no gaps.
+    Keeps alive what the pointers point to."""
+
+    def __init__(self, fields: Sequence[Field]) -> None:
+        self._fields = fields
+        self._memory = (ctypes.c_int64 * len(fields))(*map(_number, fields))
+        self.address = ctypes.addressof(self._memory)
+
+    @property
+    def num_elements(self) -> int:
+        """Of all tensors in it."""
+        tensors = [field.numel() for field in self._fields if isinstance(field, Tensor)]
+        structs = [field.num_elements for field in self._fields if isinstance(field, Struct)]
+        return sum(tensors) + sum(structs)
+
+    def assume(self, other: Struct) -> None:
+        """Takes the fields of another struct of its kind, where it lies."""
+        self._fields = other._fields
+        ctypes.memmove(self.address, other.address, ctypes.sizeof(self._memory))
+
+
+# A number, or what a pointer points to; None is NULL.
+Field = int | float | Tensor | Struct | None
+
+
+def _number(field: Field) -> int:
+    match field:
+        case None:
+            return 0
+        case Struct():
+            return field.address
+        case Tensor():
+            return field.data_ptr()
+        case float():
+            return float_bits(field)
+        case _:
+            return field
+
+
+def float_bits(value: float) -> int:
+    """A double, as an integer of as many bits."""
+    return int.from_bytes(struct.pack("<d", value), "little", signed=True)
+
+
+class NativePool:
+    """Functions that share their work among threads; for one caller at a time."""
+
+    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+        library.polydelta_open_pool.restype = ctypes.c_void_p
+        self._address = ctypes.c_void_p(library.polydelta_open_pool(ctypes.c_int64(threads)))
+        weakref.finalize(self, library.polydelta_close_pool, self._address)
+        self._functions = {name: getattr(library, f"polydelta_{name}") for name in _DECODER}
+        self._arena = Arena()
+        self._recorded: list[tuple[str, Struct]] | None = None
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """What a function writes to."""
+        return self._arena.empty(shape, dtype)
+
+    def call(self, name: str, *fields: Field) -> None:
+        """fields: of the function's struct in C, in their order."""
+        if self._recorded is not None:
+            self._recorded.append((name, Struct([self._arena.lasting(f) for f in fields])))
+        memory = (ctypes.c_int64 * len(fields))(*map(_number, fields))
+        self._functions[name](self._address, memory)
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[Struct, Tensor]:
+        """What `run` calls, while it does so, for `replay`; and what it returns."""
+        recorded: list[tuple[str, Struct]] = []
+        self._recorded = recorded
+        try:
+            result = run()
+        finally:
+            self._recorded = None
+        fields: list[Field] = []
+        for name, task in recorded:
+            function = ctypes.cast(self._functions[name], ctypes.c_void_p)
+            fields += (function.value or 0, task)
+        return Struct((len(recorded), Struct(fields))), result
+
+    def replay(self, recording: Struct) -> None:
+        self._functions["replay"](self._address, ctypes.c_void_p(recording.address))
 
 
 class NativeLibrary:
@@ -44,6 +149,9 @@ class NativeLibrary:
     def __init__(self, path: Path) -> None:
         # PyDLL: the calls take microseconds, less than giving the interpreter's lock away and back.
         library = ctypes.PyDLL(str(path))
+        self._path = path
+        # Whether the machine has what the kernels of a decoder need.
+        self.computes_decoders = hasattr(library, "polydelta_open_pool")
         integer, pointer = ctypes.c_int64, ctypes.c_void_p
         # By what they are called in C: y, its stride, x, its stride, rows, columns of x, a struct
         # with the delta, scratch.
@@ -62,6 +170,10 @@ class NativeLibrary:
             scatter.argtypes = (pointer, pointer, pointer, integer)
             scatter.restype = None
         self._scratch = torch.empty(0)
+
+    def open_pool(self, threads: int) -> NativePool:
+        """What a decoder is made of, where `computes_decoders`. threads: the caller's included."""
+        return NativePool(ctypes.CDLL(str(self._path)), threads)
 
     def scratch(self, count: int) -> int:
         """Address of room for `count` floats, valid until the next call."""
@@ -91,15 +203,23 @@ def load() -> NativeLibrary | None:
     if compiler is None:
         return None
     folder = files("polydelta.kernels.cpu")
-    source = b"".join(folder.joinpath(name).read_bytes() for name in _SOURCES)
+    files_of = {name: folder.joinpath(name).read_bytes() for name in _SOURCES + _DECODER_SOURCES}
+    decoder = b"".join(files_of[name] for name in _DECODER_SOURCES)
+    source = b"".join(files_of[name] for name in _SOURCES)
+    source += b"\n#if defined(__AVX512BF16__) && defined(__linux__)\n" + decoder + b"#endif\n"
     key = hashlib.sha256(source + " ".join((compiler, *_FLAGS, _machine())).encode()).hexdigest()
     path = _cache_folder() / f"kernels-{key[:16]}.so"
     try:
         if not path.is_file():
             _compile(compiler, source, path)
         return NativeLibrary(path)
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    except subprocess.CalledProcessError as error:
+        logger.warning(
+            "%s cannot compile our kernels, torch computes: %s", compiler, error.stderr.decode()
+        )
+    except OSError as error:
+        logger.warning("our kernels cannot be kept or loaded, torch computes: %s", error)
+    return None
 
 
 def _compile(compiler: str, source: bytes, path: Path) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from polydelta.kernels.cpu.native import NativeLibrary
+from polydelta.kernels.cpu.native import Field, NativeLibrary, Struct
+from polydelta.kernels.delta_groups import OutputBias
 from polydelta.kernels.delta_weights import (
     AddWeights,
     ChangeWeights,
@@ -41,30 +42,6 @@ class Scratch:
         return of_rows + columns * self.per_column + self.once
 
 
-class Struct:
-    """A struct in C of numbers and pointers, which take 8 bytes each, so that there are no gaps.
-    Keeps alive what the pointers point to."""
-
-    def __init__(self, fields: Sequence[Field]) -> None:
-        self._fields = fields
-        self._memory = (ctypes.c_int64 * len(fields))(*map(_number, fields))
-        self.address = ctypes.addressof(self._memory)
-
-
-# A number, or what a pointer points to.
-Field = int | Tensor | Struct
-
-
-def _number(field: Field) -> int:
-    match field:
-        case Struct():
-            return field.address
-        case Tensor():
-            return field.data_ptr()
-        case _:
-            return field
-
-
 class NativeDelta:
     """A compiled kernel, bound to one delta's weights (matrices in bfloat16). Keeps them alive."""
 
@@ -72,11 +49,18 @@ class NativeDelta:
         self, library: NativeLibrary, name: str, fields: Sequence[Field], scratch: Scratch
     ) -> None:
         """name: of the function in C, fields: of its struct, in their order."""
+        self.is_low_rank = name == "add_low_rank"
         self._library = library
         self._function = library.deltas[name]
-        self._scratch = scratch
-        self._struct = Struct(fields)
-        self._address = self._struct.address
+        self.scratch = scratch
+        self.struct = Struct(fields)
+        self.size = self.struct.num_elements
+        self._address = self.struct.address
+
+    @property
+    def function(self) -> int:
+        """Its address."""
+        return ctypes.cast(self._function, ctypes.c_void_p).value or 0
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """y `[rows, out]` += f(x), x `[rows, in]`; columns of both are adjacent."""
@@ -89,14 +73,18 @@ class NativeDelta:
             rows,
             columns,
             self._address,
-            self._library.scratch(self._scratch.size(rows, columns)),
+            self._library.scratch(self.scratch.size(rows, columns)),
         )
 
     def change(self, y: Tensor) -> None:
         """y `[rows, out]` = f(y); its columns are adjacent."""
         rows = y.shape[0]
-        scratch = self._library.scratch(self._scratch.size(rows, 0))
+        scratch = self._library.scratch(self.scratch.size(rows, 0))
         self._function(y.data_ptr(), y.stride(0), None, 0, rows, 0, self._address, scratch)
+
+
+def bind_bias(library: NativeLibrary, bias: OutputBias) -> NativeDelta:
+    return NativeDelta(library, "add_bias", (bias.start, bias.count, bias.vector), Scratch())
 
 
 def bind(library: NativeLibrary, weights: AddWeights | ChangeWeights) -> NativeDelta:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +41,44 @@ class PackedLayout:
     def blocks(self, memory: Tensor) -> Tensor:
         """`[blocks, in / pair, rows, pair]`, a view of a packed weight's memory."""
         return memory.view(-1, self.in_features // self.pair, self.rows, self.pair)
+
+
+class Packing(Protocol):
+    """How the weights of a linear layer are packed."""
+
+    @property
+    def layout(self) -> PackedLayout | None:
+        """None where it is not known."""
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """weight: `[out, in]`."""
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """`[out, in]`."""
+
+    def memory(self, packed: Tensor) -> Tensor:
+        """All elements in the order in which they lie, `[*]`; valid while the packed weight
+        lives."""
+
+
+class OneDnnPacking:
+    """As oneDNN likes it."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        self._shape, self._dtype = shape, dtype
+
+    @property
+    def layout(self) -> PackedLayout | None:
+        return layout_of(self._shape, self._dtype)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return pack(weight)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        return packed.to_dense()
+
+    def memory(self, packed: Tensor) -> Tensor:
+        return memory_of(packed)
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ def test_layers_that_are_wrapped_already_are_refused(
     decoder_of: Callable[[Kernels, torch.dtype], Decoder],
 ) -> None:
     decoder = decoder_of(CpuKernels(), torch.float32)
-    wrap_decoder(decoder, StepDeltas())
+    wrap_decoder(decoder, StepDeltas(CpuKernels()))
     with pytest.raises(TypeError, match="wrapped already"):
         fusable_linears(decoder)
 
@@ -186,15 +186,15 @@ def test_layers_that_were_collected_can_be_wrapped_and_fused(
 ) -> None:
     kernels = CpuKernels()
     decoder = decoder_of(kernels, torch.float32)
-    linears, step = fusable_linears(decoder), StepDeltas()
+    linears, step = fusable_linears(decoder), StepDeltas(kernels)
     wrap_decoder(decoder, step)
     packed = pack(adapter_of(tiny_layout, "mixed"), tiny_layout, torch.float32)
     fused = FusedAdapter(linears, packed)
     storage = torch.zeros(len(packed.layers), 1, packed.bytes_per_layer, dtype=torch.uint8)
     x = torch.randn(4, tiny_layout.linears[0].in_features)
-    step.segments = [AdapterSegment(0, 4, PoolAdapter(packed, storage, [0], kernels))]
+    step.begin([AdapterSegment(0, 4, PoolAdapter(packed, storage, [0], kernels))])
     unmerged = decoder.layers[0].attention.qkv_proj(x)
-    step.segments = []
+    step.begin(())
     fused.fuse()
     merged = decoder.layers[0].attention.qkv_proj(x)
     torch.testing.assert_close(merged, unmerged, rtol=0, atol=1e-5 * float(unmerged.abs().max()))

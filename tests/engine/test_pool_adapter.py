@@ -37,8 +37,10 @@ from polydelta.adapters_store.packing import pack
 from polydelta.engine.deltas import AdapterSegment, StepDeltas, wrap_decoder
 from polydelta.engine.models.layers import Norm
 from polydelta.engine.pool_adapter import PoolAdapter
+from polydelta.kernels.cpu.choice import cpu_kernels
 from polydelta.kernels.cpu.kernels import CpuKernels
-from polydelta.kernels.ops import Kernels, Linear
+from polydelta.kernels.delta_groups import Linear
+from polydelta.kernels.ops import Kernels
 from polydelta.kernels.reference import ReferenceKernels
 
 HIDDEN, LAYERS = 20, 3
@@ -51,7 +53,11 @@ LAYOUT = BaseLayout(
     num_kv_heads=1, head_dim=8,
 )  # fmt: skip
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-KERNELS = pytest.mark.parametrize("kernels", [ReferenceKernels(), CpuKernels()], ids=["ref", "cpu"])
+KERNELS = pytest.mark.parametrize(
+    "kernels",
+    [ReferenceKernels(), CpuKernels(), cpu_kernels(torch.bfloat16)],
+    ids=["ref", "cpu", "bfloat16"],
+)
 PLACES = pytest.mark.parametrize("scattered", [False, True], ids=["in one run", "scattered"])
 # Of the largest number.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -93,7 +99,7 @@ class Model:
             Block([self._linear(layer, linear, kernels, dtype) for linear in LINEARS], [rms_norm])
             for layer in range(LAYERS)
         ]
-        self.step = StepDeltas()
+        self.step = StepDeltas(kernels)
         decoder: Any = SimpleNamespace(
             layers=self.blocks,
             embed=lambda x: x.clone(),
@@ -190,7 +196,7 @@ def test_scaled_inputs_give_what_merged_weights_give(
     model = Model(kernels, dtype)
     adapter = adapter_of(SCALED[name]())
     bound, _, _ = in_pool(pack(adapter, LAYOUT, dtype), kernels, scattered)
-    model.step.segments = [AdapterSegment(0, 7, bound)]
+    model.step.begin([AdapterSegment(0, 7, bound)])
     for layer in range(LAYERS):
         for index, linear in enumerate(LINEARS):
             x = torch.randn(7, linear.in_features)
@@ -217,9 +223,9 @@ def test_each_row_is_computed_by_its_own_adapter(
     for layer in range(LAYERS):
         for index, linear in enumerate(LINEARS):
             x = torch.randn(11, linear.in_features)
-            model.step.segments = []
+            model.step.begin([])
             base = model.blocks[layer].linears[index](x.to(dtype))
-            model.step.segments = [AdapterSegment(2, 5, one), AdapterSegment(5, 9, other)]
+            model.step.begin([AdapterSegment(2, 5, one), AdapterSegment(5, 9, other)])
             got = model.blocks[layer].linears[index](x.to(dtype))
             for part, adapter in rows:
                 near(got[part], model.merged(layer, index, adapter, x[part]), dtype)
@@ -242,10 +248,12 @@ def test_in_a_sum_biases_and_matrices_have_the_weight_of_their_adapter(
         (adapter_of({"q": [Bias(torch.randn(24)), low_rank((24, HIDDEN))]}), -2.0),
         (adapter_of({"v": [Bias(torch.randn(9))], "o": [low_rank((20, 24))]}), 1.0),
     ]
-    model.step.segments = [
-        AdapterSegment(1, 6, in_pool(pack(a, LAYOUT, dtype), kernels, scattered)[0], weight)
-        for a, weight in weighted
-    ]
+    model.step.begin(
+        [
+            AdapterSegment(1, 6, in_pool(pack(a, LAYOUT, dtype), kernels, scattered)[0], weight)
+            for a, weight in weighted
+        ]
+    )
     for layer in range(LAYERS):
         for index, linear in enumerate(LINEARS):
             x = torch.randn(6, linear.in_features)
@@ -264,8 +272,7 @@ def test_replaced_norms(dtype: torch.dtype, scattered: bool) -> None:
     norms = {LAYOUT.module_name(1, "norm"): (NormWeight(weight),), FINAL_NORM: (NormWeight(last),)}
     packed = pack(Adapter("id", 1, "", "TEST", norms), LAYOUT, dtype)
     bound, _, _ = in_pool(packed, scattered=scattered)
-    model.step.segments = [AdapterSegment(1, 4, bound)]
-    model.step.sample_segments = [AdapterSegment(2, 3, bound)]
+    model.step.begin([AdapterSegment(1, 4, bound)], [AdapterSegment(2, 3, bound)])
     x = torch.randn(5, HIDDEN).to(dtype)
     own = torch.ones(HIDDEN)
     for layer, block in enumerate(model.blocks):
@@ -293,7 +300,7 @@ def test_it_writes_its_own_pages_alone_and_needs_the_hosts_bytes_no_more(scatter
         assert (storage[layer, pages].view(-1)[len(content.data) :] == 0xAB).all()
         content.data.zero_()
     storage[:, others] = 0xFF
-    model.step.segments = [AdapterSegment(0, 7, bound)]
+    model.step.begin([AdapterSegment(0, 7, bound)])
     x = torch.randn(7, HIDDEN)
     # Layers in any order: of scattered pages only one layer is at hand.
     for layer in (2, 0, 1, 0):

@@ -249,4 +249,4 @@ def test_weights_lie_in_the_first_pages_and_virtual_tokens_in_the_others(
     changes.apply(y, x, 1.0, lambda x: x)
     torch.testing.assert_close(y, x @ delta.dense().T)
     # A prompt is the bare base's even where its own adapter has weights.
-    assert not serving.runner._deltas.segments
+    assert serving.runner._deltas.group is None

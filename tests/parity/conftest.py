@@ -61,13 +61,13 @@ class PagedDecoder:
     def __init__(self, model: PreTrainedModel, num_pages: int = 3000) -> None:
         self.model = model
         self.config = from_hf(model.config.to_dict())
-        kernels = kernels_for(torch.device("cpu"))
+        kernels = kernels_for(torch.device("cpu"), torch.float32)
         weights = Weights(StateDict(model), torch.float32, lambda done, total: None)
         self.decoder = Decoder(self.config, weights, kernels, 512, torch.float32)
         page_bytes = kv_page_bytes(self.config, BLOCK_SIZE, torch.float32)
         shape = (self.config.num_layers, num_pages, page_bytes)
         self.storage = torch.zeros(shape, dtype=torch.uint8)
-        self.deltas = StepDeltas()
+        self.deltas = StepDeltas(kernels)
         wrap_decoder(self.decoder, self.deltas)
         self.kernels = kernels
         self.cache = PagedKV(self.storage, self.config, BLOCK_SIZE, torch.float32, kernels)
@@ -99,7 +99,7 @@ class PagedDecoder:
         loaded = PoolAdapter(packed, self.storage, pages, self.kernels)
         if packed.prefix is not None:
             own = [self.free_pages.pop() for _ in range(need.prefix)]
-            self.deltas.segments = ()
+            self.deltas.begin(())
             with torch.inference_mode():
                 fill_prefix(packed.prefix, own, BLOCK_SIZE, self.cache, self.decoder)
             self.prefixes[loaded] = packed.prefix.num_tokens, own
@@ -138,7 +138,7 @@ class PagedDecoder:
             positions += places
             slots += [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in places]
             self.lengths[sequence] = places.stop
-        self.deltas.segments = self.deltas.sample_segments = segments
+        self.deltas.begin(segments, segments)
         self.cache.prepare(torch.tensor(slots), slices)
         hidden = self.decoder.hidden_states(
             torch.tensor(tokens), torch.tensor(positions), self.cache

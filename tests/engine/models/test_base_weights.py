@@ -178,7 +178,7 @@ def test_weights_of_a_gguf_file_are_those_that_the_decoder_multiplies_with(
 ) -> None:
     config = default_checkpoint.config
     layout = checkpoint_layout(default_checkpoint, torch.bfloat16)
-    kernels = kernels_for(torch.device("cpu"))
+    kernels = kernels_for(torch.device("cpu"), torch.float32)
     weights = Weights(default_checkpoint.tensors, torch.bfloat16, lambda done, total: None)
     decoder = Decoder(config, weights, kernels, 16, torch.bfloat16)
     x = torch.randn(3, config.hidden_size).bfloat16()

@@ -35,7 +35,7 @@ def folder(tiny_model: LlamaForCausalLM, default_checkpoint: Checkpoint, tmp_pat
 
 def load(checkpoint: Checkpoint) -> Decoder:
     weights = Weights(checkpoint.tensors, torch.float32, lambda done, total: None)
-    kernels = kernels_for(torch.device("cpu"))
+    kernels = kernels_for(torch.device("cpu"), torch.float32)
     return Decoder(checkpoint.config, weights, kernels, 64, torch.float32)
 
 

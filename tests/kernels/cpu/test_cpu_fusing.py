@@ -172,7 +172,7 @@ def test_a_layout_that_nobody_knows_is_no_hindrance(
     make: Callable[..., Delta],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("polydelta.kernels.cpu.fusing.layout_of", lambda shape, dtype: None)
+    monkeypatch.setattr("polydelta.kernels.cpu.packed_layout.layout_of", lambda shape, dtype: None)
     fused = check_switch(near, torch.randn(49, 33).to(dtype), [make((49, 33), dtype)], LIBRARY)
     assert isinstance(fused, FusedWeight)
 

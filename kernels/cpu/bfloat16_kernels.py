@@ -1,0 +1,181 @@
+"""The CPU's kernels for bfloat16 on a machine with AVX512-BF16: all of a decoder in our own C.
+
+A pool of threads of its own computes each operation; torch keeps one thread, because the threads of
+two libraries that wait for work on the same cores keep each other from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polydelta.kernels.cpu.kernels import CpuKernels
+from polydelta.kernels.cpu.native import NativeLibrary, Struct
+from polydelta.kernels.cpu.native_groups import NativeSites, group
+from polydelta.kernels.cpu.panels import PanelLinear
+from polydelta.kernels.cpu.recording import record
+from polydelta.kernels.delta_groups import (
+    AdapterSites,
+    DeltaGroup,
+    DeltaSegment,
+    Linear,
+    SiteDeltas,
+)
+from polydelta.kernels.ops import AttentionShape, FusableLinear, RecordedStep, SequenceSlice
+
+# As in attention.c: rows of scores that are computed together, and the widest head.
+MOST_SCORES, MOST_HEAD_DIM = 64, 256
+
+
+@dataclass(frozen=True, eq=False)
+class NativePlan:
+    """A step's attention for `attention.c`."""
+
+    struct: Struct
+    recordable = True
+
+    def assume(self, other: NativePlan) -> None:
+        """Takes the content of another plan in the place of its own."""
+        self.struct.assume(other.struct)
+
+
+class Bfloat16Kernels(CpuKernels):
+    """What is not bfloat16, or has a shape that our kernels do not take, is torch's."""
+
+    def __init__(self, library: NativeLibrary, threads: int) -> None:
+        """library: one that `computes_decoders`."""
+        super().__init__(library)
+        self._library = library
+        self._threads = threads
+        self._pool = library.open_pool(threads)
+
+    def enter_thread(self) -> None:
+        torch.set_num_threads(1)
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> FusableLinear:
+        if not _ours(weight) or weight.shape[1] % 2:
+            return super().linear(weight, bias)
+        return PanelLinear(weight, bias, self._pool, self._library)
+
+    def head(self, weight: Tensor) -> Linear:
+        if not _ours(weight) or weight.shape[1] % 2:
+            return super().head(weight)
+        return PanelLinear(weight, None, self._pool, self._library, wide=True)
+
+    def gather(self, table: Tensor, rows: Tensor) -> Tensor:
+        if not _ours(table):
+            return super().gather(table, rows)
+        gathered = self._pool.empty(len(rows), table.shape[1])
+        self._pool.call("gather", gathered, table, rows, len(rows), table.shape[1])
+        return gathered
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        if not _ours(x):
+            return super().add(x, y)
+        self._pool.call("add", x, y, x.numel())
+        return x
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not _ours(x) or not _ours(weight):
+            return super().rms_norm(x, weight, eps)
+        groups = x.shape[1] if x.dim() == 3 else 1
+        y = self._pool.empty(*x.shape)
+        size = x.shape[-1]
+        self._pool.call("rms_norm", y, x, x.stride(0), weight, len(x), groups, size, eps)
+        return y
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if not _ours(x):
+            return super().rotate(x, cos, sin)
+        rows, heads, size = x.shape
+        self._pool.call("embed_positions", x, x.stride(0), cos, sin, rows, heads, size)
+        return x
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        if not _ours(x):
+            return super().silu_mul(x)
+        rows, size = x.shape[0], x.shape[1] // 2
+        y = self._pool.empty(rows, size)
+        self._pool.call("silu_mul", y, x, rows, size)
+        return y
+
+    def store_kv(self, kv: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        if not _ours(kv):
+            super().store_kv(kv, keys, values, slots)
+            return
+        size, block_size = keys[0].numel(), kv.shape[2]
+        key_stride, value_stride = keys.stride(0), values.stride(0)
+        self._pool.call(
+            "store_kv",
+            kv,
+            keys,
+            values,
+            key_stride,
+            value_stride,
+            slots,
+            len(slots),
+            size,
+            block_size,
+        )
+
+    def plan_attention(
+        self, shape: AttentionShape, sequences: Sequence[SequenceSlice], dtype: torch.dtype
+    ) -> Any:
+        if dtype != torch.bfloat16 or shape.head_dim % 2 or shape.head_dim > MOST_HEAD_DIM:
+            return super().plan_attention(shape, sequences, dtype)
+        group = shape.num_heads // shape.num_kv_heads
+        # What decodes reads its pages from end to end, unless that leaves threads without work.
+        alone = len(sequences) < 2 * self._threads or shape.num_heads > MOST_SCORES
+        slices: list[int] = []
+        pages: list[int] = []
+        items = 0
+        for s in sequences:
+            at_once = 1 if alone or s.length > 1 else shape.num_kv_heads
+            block = max(1, MOST_SCORES // (group * at_once))
+            slices += (s.start, s.length, s.context, len(pages), items, at_once)
+            pages += s.pages[: -(-s.context // shape.block_size)]
+            items += -(-s.length // block) * (shape.num_kv_heads // at_once)
+        return NativePlan(
+            Struct(
+                (
+                    shape.num_heads,
+                    shape.num_kv_heads,
+                    shape.head_dim,
+                    shape.block_size,
+                    shape.window or 0,
+                    len(sequences),
+                    items,
+                    torch.tensor(slices),
+                    torch.tensor(pages),
+                    1.0 / math.sqrt(shape.head_dim),
+                )
+            )
+        )
+
+    def attention(self, plan: Any, queries: Tensor, kv: Tensor) -> Tensor:
+        if not isinstance(plan, NativePlan):
+            return super().attention(plan, queries, kv)
+        out = self._pool.empty(*queries.shape)
+        query_stride, out_stride = queries.stride(0), out.stride(0)
+        self._pool.call("attend", plan.struct, out, out_stride, queries, query_stride, kv)
+        return out
+
+    def bind_sites(self, sites: Sequence[SiteDeltas | None]) -> AdapterSites:
+        return NativeSites(sites, self._library)
+
+    def group_deltas(self, segments: Sequence[DeltaSegment]) -> DeltaGroup:
+        return group(self._pool, segments)
+
+    def record(
+        self, inputs: Sequence[Any], run: Callable[[], Tensor]
+    ) -> tuple[Tensor, RecordedStep | None]:
+        return record(self._pool, inputs, run)
+
+
+def _ours(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16

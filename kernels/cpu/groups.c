@@ -1,0 +1,395 @@
+/* The deltas of all adapters of a step on one linear layer, in one call.
+ *
+ * Low-rank ones are two products, x A^T and the expansion by B, of which every thread takes parts:
+ * the idea of grouping the rows of each adapter is Punica's (arXiv:2310.18547). Other kinds go to
+ * the kernels of deltas.c, a few rows at a time.
+ */
+enum {
+    /* Rows and ranks of one item of a shrink, rows and columns of one of an expansion. */
+    SHRINK_ROWS = 64,
+    SHRINK_RANKS = 16,
+    EXPAND_ROWS = 64,
+    EXPAND_COLUMNS = 512,
+    /* Up to so many rows an adapter's delta is one item for each of its parts: there is little to
+     * share, and much to wait for. */
+    WHOLE_ROWS = 4,
+    /* Rows of one item of the other kinds. */
+    OTHER_ROWS = 8,
+};
+
+typedef void (*ApplyDelta)(uint16_t *y, int64_t y_stride, const uint16_t *x, int64_t x_stride,
+                           int64_t rows, int64_t in, const void *delta, float *scratch);
+
+typedef struct {
+    ApplyDelta apply; /* NULL where `delta` is a LowRank */
+    const void *delta;
+    int64_t per_number, per_row, per_column, once; /* floats of scratch, see native_deltas.py */
+} Delta;
+
+/* What one adapter does to one linear layer. */
+typedef struct {
+    int64_t low_rank; /* whether all its deltas are */
+    int64_t num_deltas;
+    const Delta *deltas;
+} Site;
+
+typedef struct {
+    int64_t start, rows; /* of the step */
+    int64_t turn;        /* segments with the same rows have different turns */
+    const Site *const *sites;
+    double weight; /* of what low-rank deltas add */
+} Segment;
+
+/* Those of a step; another step's may take their place between two calls. */
+typedef struct {
+    const Segment *segments;
+    int64_t num_segments, num_turns;
+} Segments;
+
+typedef struct {
+    const Segments *of;
+    int64_t site;
+    uint16_t *y; /* [rows, out] */
+    int64_t y_stride;
+    const uint16_t *x; /* [rows, in] */
+    int64_t x_stride;
+    int64_t in;
+} Group;
+
+/* One adapter's delta in a turn. */
+typedef struct {
+    const Segment *segment;
+    const Site *site;
+    const LowRank *low_rank; /* NULL for deltas of other kinds */
+    uint16_t *shrunk; /* [rows, rank + 1]: the last is a pair's other half */
+    int64_t first_item, items_across;
+} Entry;
+
+typedef struct {
+    const Group *group;
+    Entry *entries;
+    int64_t num_entries;
+    int expanding; /* the second half of a turn */
+} Turn;
+
+enum { SCRATCH, ENTRIES, SHRUNK, SHRUNK_WHOLE, NUM_KEPT };
+
+/* Memory of a thread that grows and stays. */
+static void *keep(int which, size_t bytes) {
+    static __thread struct {
+        void *memory;
+        size_t bytes;
+    } kept[NUM_KEPT];
+    if (kept[which].bytes < bytes) {
+        free(kept[which].memory);
+        kept[which].memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+        kept[which].bytes = bytes;
+    }
+    return kept[which].memory;
+}
+
+/* Lane i is the sum of the lanes of sums[i]. */
+static inline __m128 sum_lanes(const __m512 *sums) {
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(sums[0], sums[1]),
+                                   _mm512_unpackhi_ps(sums[0], sums[1]));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(sums[2], sums[3]),
+                                   _mm512_unpackhi_ps(sums[2], sums[3]));
+    const __m512 c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    const __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
+}
+
+/* Four ranks of some rows: shrunk = weight * x A^T. */
+static inline __attribute__((always_inline)) void shrink_tile(const int rows, uint16_t *shrunk,
+                                                              int64_t width, const uint16_t *x,
+                                                              int64_t x_stride, const LowRank *of,
+                                                              int64_t rank, int64_t in,
+                                                              float weight) {
+    const uint16_t *a[4];
+    __m512 sums[4][4];
+    /* Beyond the last rank: the last once more, which nobody reads. */
+    for (int i = 0; i < 4; i++) a[i] = of->a + least(rank + i, of->rank - 1) * of->a_stride;
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < 4; i++) sums[r][i] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < in; k += 32) {
+        const __mmask32 lanes = in - k >= 32 ? 0xffffffff : (1u << (in - k)) - 1;
+        __m512bh columns[4];
+        for (int i = 0; i < 4; i++) columns[i] = (__m512bh)_mm512_maskz_loadu_epi16(lanes, a[i] + k);
+        for (int r = 0; r < rows; r++) {
+            const __m512bh row = (__m512bh)_mm512_maskz_loadu_epi16(lanes, x + r * x_stride + k);
+            for (int i = 0; i < 4; i++) sums[r][i] = _mm512_dpbf16_ps(sums[r][i], row, columns[i]);
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        const __m128 sum = _mm_mul_ps(sum_lanes(sums[r]), _mm_set1_ps(weight));
+        _mm_mask_storeu_epi16(shrunk + r * width + rank, first_lanes(least(4, of->rank - rank)),
+                              (__m128i)_mm_cvtneps_pbh(sum));
+    }
+}
+
+static void shrink(uint16_t *shrunk, int64_t width, const uint16_t *x, int64_t x_stride,
+                   int64_t rows, const LowRank *of, int64_t rank, int64_t last, int64_t in,
+                   float weight) {
+    for (; rank < last; rank += 4)
+        for (int64_t row = 0; row < rows; row += 4) {
+            uint16_t *to = shrunk + row * width;
+            const uint16_t *from = x + row * x_stride;
+            switch (least(4, rows - row)) {
+            case 1: shrink_tile(1, to, width, from, x_stride, of, rank, in, weight); break;
+            case 2: shrink_tile(2, to, width, from, x_stride, of, rank, in, weight); break;
+            case 3: shrink_tile(3, to, width, from, x_stride, of, rank, in, weight); break;
+            default: shrink_tile(4, to, width, from, x_stride, of, rank, in, weight);
+            }
+        }
+}
+
+/* 64 columns of some rows: y += shrunk B^T. Rows of B^T are taken in pairs; unpacking them puts
+ * columns 0-3, 8-11, ... of 32 in one vector and the others in a second, and packing undoes it. */
+static inline __attribute__((always_inline)) void expand_tile(const int rows, uint16_t *y,
+                                                              int64_t y_stride,
+                                                              const uint16_t *shrunk, int64_t width,
+                                                              const Block *block, int64_t column,
+                                                              int64_t stop) {
+    __m512 sums[4][4];
+    __mmask32 lanes[2];
+    for (int half = 0; half < 2; half++) {
+        const int64_t left = stop - column - 32 * half;
+        lanes[half] = left >= 32 ? 0xffffffff : left <= 0 ? 0 : (1u << left) - 1;
+    }
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < 4; i++) sums[r][i] = _mm512_setzero_ps();
+    for (int64_t rank = 0; rank < block->rank; rank += 2) {
+        const uint16_t *b = block->b_t + rank * block->b_stride + column;
+        const int whole = rank + 1 < block->rank;
+        __m512bh columns[4];
+        for (int half = 0; half < 2; half++) {
+            const __m512i one = _mm512_maskz_loadu_epi16(lanes[half], b + 32 * half);
+            const __m512i two = whole ? _mm512_maskz_loadu_epi16(
+                                            lanes[half], b + block->b_stride + 32 * half)
+                                      : _mm512_setzero_si512();
+            columns[2 * half] = (__m512bh)_mm512_unpacklo_epi16(one, two);
+            columns[2 * half + 1] = (__m512bh)_mm512_unpackhi_epi16(one, two);
+        }
+        for (int r = 0; r < rows; r++) {
+            uint32_t bits;
+            memcpy(&bits, shrunk + r * width + block->rank_start + rank, sizeof bits);
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32(whole ? bits : bits & 0xffff);
+            for (int i = 0; i < 4; i++) sums[r][i] = _mm512_dpbf16_ps(sums[r][i], pair, columns[i]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int half = 0; half < 2; half++) {
+            uint16_t *at = y + r * y_stride + block->out_start + column + 32 * half;
+            const __m512i old = _mm512_maskz_loadu_epi16(lanes[half], at);
+            const __m512i none = _mm512_setzero_si512();
+            const __m512 low = _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, old));
+            const __m512 high = _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, old));
+            const __m256i a =
+                (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(low, sums[r][2 * half]));
+            const __m256i b =
+                (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(high, sums[r][2 * half + 1]));
+            const __m512i packed =
+                _mm512_packus_epi32(_mm512_cvtepu16_epi32(a), _mm512_cvtepu16_epi32(b));
+            _mm512_mask_storeu_epi16(at, lanes[half], packed);
+        }
+}
+
+static void expand(uint16_t *y, int64_t y_stride, const uint16_t *shrunk, int64_t width,
+                   int64_t rows, const Block *block, int64_t column, int64_t stop) {
+    for (; column < stop; column += 64)
+        for (int64_t row = 0; row < rows; row += 4) {
+            uint16_t *to = y + row * y_stride;
+            const uint16_t *from = shrunk + row * width;
+            switch (least(4, rows - row)) {
+            case 1: expand_tile(1, to, y_stride, from, width, block, column, stop); break;
+            case 2: expand_tile(2, to, y_stride, from, width, block, column, stop); break;
+            case 3: expand_tile(3, to, y_stride, from, width, block, column, stop); break;
+            default: expand_tile(4, to, y_stride, from, width, block, column, stop);
+            }
+        }
+}
+
+static inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+/* Sets `items_across` to the items for the same rows; returns all items of an entry. */
+static int64_t count_items(Entry *entry, int expanding) {
+    const int64_t rows = entry->segment->rows;
+    const LowRank *of = entry->low_rank;
+    entry->items_across = 1;
+    if (!of) return expanding ? 0 : parts(rows, OTHER_ROWS);
+    if (rows <= WHOLE_ROWS) {
+        entry->items_across = of->num_blocks;
+        return expanding ? 0 : of->num_blocks;
+    }
+    if (!expanding) {
+        entry->items_across = parts(of->rank, SHRINK_RANKS);
+        return entry->items_across * parts(rows, SHRINK_ROWS);
+    }
+    entry->items_across = 0;
+    for (int64_t b = 0; b < of->num_blocks; b++)
+        entry->items_across += parts(of->blocks[b].out_features, EXPAND_COLUMNS);
+    return entry->items_across * parts(rows, EXPAND_ROWS);
+}
+
+/* Deltas of other kinds, on some rows. */
+static void apply_others(const Group *group, const Entry *entry, int64_t row) {
+    const int64_t rows = least(OTHER_ROWS, entry->segment->rows - row), in = group->in;
+    const int64_t first = entry->segment->start + row;
+    for (int64_t i = 0; i < entry->site->num_deltas; i++) {
+        const Delta *delta = entry->site->deltas + i;
+        const int64_t floats = rows * (in * delta->per_number + delta->per_row) +
+                               in * delta->per_column + delta->once;
+        delta->apply(group->y + first * group->y_stride, group->y_stride,
+                     group->x + first * group->x_stride, group->x_stride, rows, in, delta->delta,
+                     keep(SCRATCH, floats * sizeof(float)));
+    }
+}
+
+static void turn_item(const void *task, int64_t item) {
+    const Turn *turn = task;
+    const Group *group = turn->group;
+    int64_t low = 0, high = turn->num_entries;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        if (turn->entries[middle].first_item <= item)
+            low = middle;
+        else
+            high = middle;
+    }
+    const Entry *entry = turn->entries + low;
+    const Segment *segment = entry->segment;
+    const LowRank *of = entry->low_rank;
+    int64_t across = (item - entry->first_item) % entry->items_across;
+    const int64_t down = (item - entry->first_item) / entry->items_across;
+    if (!of) {
+        apply_others(group, entry, down * OTHER_ROWS);
+        return;
+    }
+    const int64_t width = of->rank + 1;
+    uint16_t *y = group->y + segment->start * group->y_stride;
+    const uint16_t *x = group->x + segment->start * group->x_stride;
+    if (segment->rows <= WHOLE_ROWS) {
+        const Block *block = of->blocks + across;
+        const int64_t first = block->rank_start, last = first + block->rank;
+        uint16_t *shrunk = keep(SHRUNK_WHOLE, WHOLE_ROWS * (width + 4) * sizeof *shrunk);
+        shrink(shrunk, width, x, group->x_stride, segment->rows, of, first, last, group->in,
+               segment->weight);
+        for (int64_t r = 0; r < block->rank; r++)
+            touch(block->b_t + r * block->b_stride, block->out_features);
+        expand(y, group->y_stride, shrunk, width, segment->rows, block, 0, block->out_features);
+    } else if (!turn->expanding) {
+        const int64_t row = down * SHRINK_ROWS, first = across * SHRINK_RANKS;
+        shrink(entry->shrunk + row * width, width, x + row * group->x_stride, group->x_stride,
+               least(SHRINK_ROWS, segment->rows - row), of, first,
+               least(first + SHRINK_RANKS, of->rank), group->in, segment->weight);
+    } else {
+        const Block *block = of->blocks;
+        while (across >= parts(block->out_features, EXPAND_COLUMNS))
+            across -= parts((block++)->out_features, EXPAND_COLUMNS);
+        const int64_t row = down * EXPAND_ROWS, column = across * EXPAND_COLUMNS;
+        expand(y + row * group->y_stride, group->y_stride, entry->shrunk + row * width, width,
+               least(EXPAND_ROWS, segment->rows - row), block, column,
+               least(column + EXPAND_COLUMNS, block->out_features));
+    }
+}
+
+/* Returns how many items the half of a turn has. */
+static int64_t number_items(Turn *turn) {
+    int64_t items = 0;
+    for (int64_t i = 0; i < turn->num_entries; i++) {
+        turn->entries[i].first_item = items;
+        items += count_items(turn->entries + i, turn->expanding);
+    }
+    return items;
+}
+
+static void take_turn(Pool *pool, Turn *turn) {
+    for (turn->expanding = 0; turn->expanding < 2; turn->expanding++)
+        share(pool, turn_item, turn, number_items(turn));
+}
+
+/* Fills in the entries of a turn: the deltas at some depth of the segments of a number. Returns
+ * whether there are more below. */
+static int collect(Turn *turn, int64_t number, int64_t depth) {
+    const Segments *of = turn->group->of;
+    int64_t numbers = 0;
+    int more = 0;
+    turn->num_entries = 0;
+    for (int64_t i = 0; i < of->num_segments; i++) {
+        const Segment *segment = of->segments + i;
+        const Site *site = segment->sites[turn->group->site];
+        if (segment->turn != number || !site) continue;
+        const int64_t deltas = site->low_rank ? site->num_deltas : 1;
+        more |= depth + 1 < deltas;
+        if (depth >= deltas) continue;
+        const LowRank *low_rank = site->low_rank ? site->deltas[depth].delta : NULL;
+        turn->entries[turn->num_entries++] = (Entry){segment, site, low_rank, NULL, 0, 0};
+        if (low_rank && segment->rows > WHOLE_ROWS) numbers += segment->rows * (low_rank->rank + 1);
+    }
+    uint16_t *shrunk = keep(SHRUNK, (numbers + 4) * sizeof *shrunk);
+    for (int64_t i = 0; i < turn->num_entries; i++) {
+        Entry *entry = turn->entries + i;
+        entry->shrunk = shrunk;
+        if (entry->low_rank && entry->segment->rows > WHOLE_ROWS)
+            shrunk += entry->segment->rows * (entry->low_rank->rank + 1);
+    }
+    return more;
+}
+
+static Turn begin_turn(const Group *group) {
+    return (Turn){.group = group, .entries = keep(ENTRIES, group->of->num_segments * sizeof(Entry))};
+}
+
+/* What follows one another on the same rows: segments by their turns, and each one's deltas. */
+void polydelta_add_group(Pool *pool, const Group *group) {
+    Turn turn = begin_turn(group);
+    for (int64_t number = 0; number < group->of->num_turns; number++)
+        for (int64_t depth = 0, more = 1; more; depth++) {
+            more = collect(&turn, number, depth);
+            if (turn.num_entries) take_turn(pool, &turn);
+        }
+}
+
+/* Expansions of a turn, of some rows and columns of y. */
+static void expand_finished(const void *with, int64_t row, int64_t rows, int64_t column,
+                            int64_t stop) {
+    const Turn *turn = with;
+    const Group *group = turn->group;
+    for (int64_t i = 0; i < turn->num_entries; i++) {
+        const Entry *entry = turn->entries + i;
+        const Segment *segment = entry->segment;
+        const int64_t first = segment->start > row ? segment->start : row;
+        const int64_t last = least(segment->start + segment->rows, row + rows);
+        const int64_t width = entry->low_rank->rank + 1;
+        for (int64_t b = 0; first < last && b < entry->low_rank->num_blocks; b++) {
+            const Block *block = entry->low_rank->blocks + b;
+            const int64_t left = column > block->out_start ? column - block->out_start : 0;
+            const int64_t right = least(stop - block->out_start, block->out_features);
+            expand(group->y + first * group->y_stride, group->y_stride,
+                   entry->shrunk + (first - segment->start) * width, width, last - first, block,
+                   left, right);
+        }
+    }
+}
+
+typedef struct {
+    const Product *product;
+    const Group *group;
+} GroupProduct;
+
+/* A product and what adapters add to it. Of many rows y is too large for a cache: where low-rank
+ * deltas are all there is, they are added while it is computed. */
+void polydelta_multiply_group(Pool *pool, const GroupProduct *both) {
+    const Group *group = both->group;
+    Turn turn = begin_turn(group);
+    int fused = group->of->num_turns == 1 && !collect(&turn, 0, 0);
+    for (int64_t i = 0; i < turn.num_entries; i++)
+        fused &= turn.entries[i].low_rank && turn.entries[i].segment->rows > WHOLE_ROWS;
+    if (!fused) {
+        polydelta_multiply(pool, both->product);
+        polydelta_add_group(pool, group);
+        return;
+    }
+    share(pool, turn_item, &turn, number_items(&turn));
+    multiply(pool, both->product, expand_finished, &turn);
+}

@@ -1,0 +1,105 @@
+"""What the adapters of a step do to the outputs of linear layers: bound once, grouped each step.
+
+A site is a linear layer of the decoder, by its number. An adapter's deltas at a site are applied to
+the rows that want it; a backend may do that for all adapters of a step in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+# x: [tokens, in] -> [tokens, out]
+Linear = Callable[[Tensor], Tensor]
+# add(y, x): y += f(x), in place; y: [tokens, out], x: [tokens, in]
+AddDelta = Callable[[Tensor, Tensor], None]
+# change(y): y = f(y), in place; y: [tokens, out]
+ChangeOutput = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class OutputBias:
+    """`y[:, start : start + count] += vector`."""
+
+    start: int
+    # [count] float32
+    vector: Tensor
+
+    @property
+    def count(self) -> int:
+        return len(self.vector)
+
+    def add(self, y: Tensor, weight: float) -> None:
+        y.narrow(1, self.start, self.count).add_(self.vector, alpha=weight)
+
+
+@dataclass(eq=False)
+class SiteDeltas:
+    """An adapter's deltas at one site, in the order in which they are applied: see
+    `adapters_store/linear_deltas.py`."""
+
+    changes: list[ChangeOutput] = field(default_factory=list)
+    adds: list[AddDelta] = field(default_factory=list)
+    biases: list[OutputBias] = field(default_factory=list)
+
+    def apply(self, y: Tensor, x: Tensor, weight: float) -> None:
+        """y: `[rows, out]`, the base's output for x `[rows, in]`, changed in place. weight: the
+        adapter's in a sum, of what it adds."""
+        for change in self.changes:
+            change(y)
+        if self.adds:
+            # What can be in a sum is linear in x, so that the weight may be taken there.
+            inputs = x if weight == 1.0 else x * weight
+            for add in self.adds:
+                add(y, inputs)
+        for bias in self.biases:
+            bias.add(y, weight)
+
+
+class AdapterSites(Protocol):
+    """An adapter's deltas at every site; None where it has none."""
+
+    def __getitem__(self, site: int, /) -> SiteDeltas | None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class DeltaSegment:
+    """Rows of a step, start : stop, that an adapter acts on."""
+
+    start: int
+    stop: int
+    # As `Kernels.bind_sites` returns it, or any other.
+    sites: AdapterSites
+    weight: float = 1.0
+
+
+class DeltaGroup(Protocol):
+    """All adapters of a step."""
+
+    def multiply(self, site: int, linear: Linear, x: Tensor) -> Tensor:
+        """`linear(x)` with the deltas: x `[tokens, in]` -> `[tokens, out]`."""
+
+    def apply(self, site: int, y: Tensor, x: Tensor) -> None:
+        """y: `[tokens, out]`, the base's output for x `[tokens, in]`, changed in place."""
+
+
+class SegmentLoop:
+    """Segment by segment."""
+
+    def __init__(self, segments: Sequence[DeltaSegment]) -> None:
+        self._segments = segments
+
+    def multiply(self, site: int, linear: Linear, x: Tensor) -> Tensor:
+        y = linear(x)
+        self.apply(site, y, x)
+        return y
+
+    def apply(self, site: int, y: Tensor, x: Tensor) -> None:
+        for segment in self._segments:
+            deltas = segment.sites[site]
+            if deltas is not None:
+                rows = slice(segment.start, segment.stop)
+                deltas.apply(y[rows], x[rows], segment.weight)
