@@ -79,8 +79,14 @@ def assemble(
     max_model_len = _max_model_len(config, model.context_length, num_pages)
     # Virtual tokens of adapters come on top of that; all tokens lie in the pool.
     max_positions = min(model.context_length, num_pages * config.block_size)
+    bits = weight_bits(config.quantization)
+    if bits is not None and config.fuse_after is not None:
+        raise ModelError(
+            f"quantization {config.quantization!r} and fuse_after {config.fuse_after} exclude each "
+            "other: no adapter can be written into quantised weights. Leave one of them out."
+        )
     weights = Weights(
-        checkpoint.tensors, dtype, lambda done, total: report("Loading weights", done, total)
+        checkpoint.tensors, dtype, lambda done, total: report("Loading weights", done, total), bits
     )
     decoder = Decoder(model, weights, kernels, max_positions, dtype)
     layout = checkpoint_layout(checkpoint, dtype)
@@ -118,6 +124,14 @@ def torch_dtype(name: str) -> torch.dtype:
     if name not in dtypes:
         raise ModelError(f"dtype {name!r} is not supported: use {' or '.join(dtypes)}.")
     return dtypes[name]
+
+
+def weight_bits(quantization: str | None) -> int | None:
+    """Raises ModelError for a quantisation that there is not."""
+    bits = {None: None, "int8": 8, "int4": 4}
+    if quantization not in bits:
+        raise ModelError(f"quantization {quantization!r} is not supported: use int8 or int4.")
+    return bits[quantization]
 
 
 def _max_model_len(config: EngineConfig, context_length: int, num_pages: int) -> int:

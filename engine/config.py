@@ -24,6 +24,8 @@ class EngineConfig:
     # Adapters kept ready in host RAM.
     host_adapter_bytes: int = 2 << 30
     prefix_caching: bool = True
+    # Bits of the weights of linear layers: "int8" or "int4"; None keeps them in the dtype.
+    quantization: str | None = None
     # Steps with one adapter alone before it goes into the base weights; None never does that.
     fuse_after: int | None = None
     # Balance the pool's books whenever the engine goes idle; for tests and debug runs.

@@ -46,6 +46,8 @@ class RecordedSteps:
         if not one_each or rows > MOST_ROWS or not self._deltas.only_outputs:
             return None
         group = self._deltas.group
+        if group is not None and not group.recordable:
+            return None
         inputs = [batch.tokens, batch.positions, batch.slots, *self._kv.plans]
         if group is not None:
             inputs.append(group)
@@ -55,6 +57,10 @@ class RecordedSteps:
         self._recordings.move_to_end(shape)
         recording = self._recordings[shape]
         return None if recording is None else recording.replay(inputs)
+
+    def forget(self) -> None:
+        """To be called when weights have moved."""
+        self._recordings.clear()
 
     def _record(self, shape: Shape, batch: Batch, inputs: list[object]) -> Tensor:
         def run() -> Tensor:

@@ -55,8 +55,10 @@ class Runner:
             self._fusion = Fusion(fusable_linears(decoder))
             self._policy = FusionPolicy(fuse_after)
         wrap_decoder(decoder, self._deltas)
+        # The adapter that is in the base weights since the last step.
+        self._was_fused: AdapterRef | None = None
         self._recorded = RecordedSteps(decoder, self._kv, self._deltas, kernels)
-        self._sampler = Sampler(config.vocab_size)
+        self._sampler = Sampler(config.vocab_size, kernels)
 
     def enter_thread(self) -> None:
         """To be called by the thread that runs the steps, before its first."""
@@ -121,8 +123,11 @@ class Runner:
             ]
 
         self._deltas.begin(segments(batch.adapter_rows), segments(batch.sample_adapter_rows))
-        # Where an adapter is in the weights they lie elsewhere than when a step was recorded.
-        logits = self._recorded.compute(batch) if fused is None else None
+        if fused != self._was_fused:
+            # With an adapter in them, weights lie elsewhere than when a step was recorded.
+            self._recorded.forget()
+            self._was_fused = fused
+        logits = self._recorded.compute(batch)
         if logits is not None:
             return logits
         hidden = self._decoder.hidden_states(batch.tokens, batch.positions, self._kv)

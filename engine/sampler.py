@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polydelta.engine.request import SamplingParams, TokenLogprob
 from polydelta.engine.sequence import SampledToken, Sequence
+from polydelta.kernels.ops import Kernels
 
 # Below it the division would overflow float32, and the draw is as good as greedy anyway.
 _LOWEST_TEMPERATURE = 1e-6
@@ -23,8 +24,9 @@ class Sampler:
     gives the same tokens whatever else is in the batch.
     """
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, kernels: Kernels) -> None:
         self._vocab_size = vocab_size
+        self._kernels = kernels
         self._streams: dict[Sequence, torch.Generator] = {}
 
     def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> list[SampledToken]:
@@ -33,7 +35,7 @@ class Sampler:
             return []
         for row, sequence in zip(logits, sequences, strict=True):
             self._adjust(row, sequence)
-        likeliest: list[int] = logits.argmax(-1).tolist()
+        likeliest: list[int] = self._kernels.argmax(logits).tolist()
         tokens: list[SampledToken] = []
         for row, sequence, best in zip(logits, sequences, likeliest, strict=True):
             params = sequence.request.sampling

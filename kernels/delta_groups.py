@@ -79,6 +79,10 @@ class DeltaSegment:
 class DeltaGroup(Protocol):
     """All adapters of a step."""
 
+    @property
+    def recordable(self) -> bool:
+        """Whether it can be one of the inputs of a recorded step."""
+
     def multiply(self, site: int, linear: Linear, x: Tensor) -> Tensor:
         """`linear(x)` with the deltas: x `[tokens, in]` -> `[tokens, out]`."""
 
@@ -88,6 +92,8 @@ class DeltaGroup(Protocol):
 
 class SegmentLoop:
     """Segment by segment."""
+
+    recordable = False
 
     def __init__(self, segments: Sequence[DeltaSegment]) -> None:
         self._segments = segments

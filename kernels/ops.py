@@ -28,6 +28,7 @@ from polydelta.kernels.delta_weights import (
     LowRankWeights,
     SparseWeights,
 )
+from polydelta.kernels.quantized_weight import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,9 @@ class Kernels(Protocol):
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """x + y, in the place of x; both `[tokens, size]`."""
 
+    def argmax(self, x: Tensor) -> Tensor:
+        """x: `[rows, size]` float32 -> `[rows]` int64, the place of each row's largest number."""
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x: `[..., hidden]`, weight: `[hidden]` (arXiv:1910.07467)."""
 
@@ -160,6 +164,18 @@ class Kernels(Protocol):
         inputs: tensors, attention plans and delta groups that `run` works with. Those of a replay
         have the same shapes, and take the place of these. `run` may be called twice.
         """
+
+
+@runtime_checkable
+class QuantizedKernels(Kernels, Protocol):
+    """Kernels that multiply with weights of 4 or 8 bits: as with `dequantized()`, rounded to the
+    dtype of x. No adapter can be fused into such a weight."""
+
+    def quantized_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> Linear:
+        """As `linear`."""
+
+    def quantized_head(self, weight: QuantizedWeight) -> Linear:
+        """As `head`."""
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:

@@ -27,6 +27,7 @@ from polydelta.kernels.delta_weights import (
 )
 from polydelta.kernels.fusing import FusableWeight, FusedWeight, with_deltas
 from polydelta.kernels.ops import AttentionShape, SequenceSlice
+from polydelta.kernels.quantized_weight import QuantizedWeight
 from polydelta.kernels.reference_deltas import add_delta, change_output
 
 
@@ -65,11 +66,22 @@ class ReferenceKernels:
     def head(self, weight: Tensor) -> Linear:
         return lambda x: torch.nn.functional.linear(x, weight).float()
 
+    def quantized_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> Linear:
+        values = weight.dequantized()
+        return lambda x: torch.nn.functional.linear(x, values.to(x.dtype), bias)
+
+    def quantized_head(self, weight: QuantizedWeight) -> Linear:
+        linear = self.quantized_linear(weight, None)
+        return lambda x: linear(x).float()
+
     def gather(self, table: Tensor, rows: Tensor) -> Tensor:
         return table[rows]
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return x.add_(y)
+
+    def argmax(self, x: Tensor) -> Tensor:
+        return x.argmax(-1)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()

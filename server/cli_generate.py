@@ -52,6 +52,7 @@ def generate(
     adapters: options.Adapters = None,
     store: options.Store = None,
     dtype: options.Dtype = None,
+    quantization: options.Quantization = None,
     pool: options.Pool = None,
 ) -> None:
     """Answer one prompt and leave; tokens are printed as they come.
@@ -67,7 +68,14 @@ def generate(
     [cyan]polydelta generate --raw "Once upon a time" --temperature 0.8 --seed 1[/cyan]
     text continued as it stands
     """
-    settings = load_settings(model=model, adapters=adapters, store=store, dtype=dtype, pool=pool)
+    settings = load_settings(
+        model=model,
+        adapters=adapters,
+        store=store,
+        dtype=dtype,
+        quantization=quantization,
+        pool=pool,
+    )
     console = Console(stderr=True)
     # The name first: a wrong one should not cost the wait for the model.
     with _leased(adapter, settings) as (make_loader, shares):

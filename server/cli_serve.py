@@ -31,6 +31,7 @@ def serve(
     model: options.Model = None,
     adapters: options.Adapters = None,
     dtype: options.Dtype = None,
+    quantization: options.Quantization = None,
     served_model_name: options.ServedModelName = None,
     max_model_len: options.MaxModelLen = None,
     store: options.Store = None,
@@ -78,6 +79,7 @@ def serve(
         model=model,
         adapters=adapters,
         dtype=dtype,
+        quantization=quantization,
         served_model_name=served_model_name,
         max_model_len=max_model_len,
         store=store,
@@ -129,7 +131,8 @@ def print_banner(
     count = f"{len(found)} or more" if len(found) == COUNTED_ADAPTERS else str(len(found))
     names = ", ".join(found[:NAMED_ADAPTERS]) + (", ..." if len(found) > NAMED_ADAPTERS else "")
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("model", escape(f"{base_name} ({settings.dtype})"))
+    formats = filter(None, (settings.dtype, settings.quantization))
+    facts.add_row("model", escape(f"{base_name} ({', '.join(formats)})"))
     facts.add_row("adapters", f"{count} ({names})" if found else "none")
     facts.add_row("uploads", escape(str(settings.store)))
     facts.add_row("pool", settings.pool.human_readable())

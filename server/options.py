@@ -38,6 +38,7 @@ Model = Annotated[str | None, setting("model", "--model", MODEL, "PATH|HUB_ID")]
 ServedModelName = Annotated[str | None, setting("served_model_name", "--served-model-name", MODEL)]
 Adapters = Annotated[list[Path] | None, setting("adapters", "--adapters", MODEL, "DIR")]
 Dtype = Annotated[str | None, setting("dtype", "--dtype", MODEL, "bfloat16|float32")]
+Quantization = Annotated[str | None, setting("quantization", "--quantization", MODEL, "int8|int4")]
 MaxModelLen = Annotated[int | None, setting("max_model_len", "--max-model-len", MODEL)]
 
 Store = Annotated[Path | None, setting("store", "--store", STORE, "DIR")]

@@ -85,6 +85,13 @@ class ServerSettings(BaseSettings):
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Number format of weights and KV cache."
     )
+    quantization: Literal["int8", "int4"] | None = Field(
+        None,
+        description="Bits of the linear layers' weights, at most: the codes of a GGUF file (Q8_0,"
+        " Q4_0, Q4_1) are kept, other weights are rounded. Adapters are not. The output layer has 8"
+        " bits. Needs bfloat16 and a CPU with AVX512-BF16; not with --fuse-after. Without it, the"
+        " dtype's.",
+    )
     max_model_len: int | None = Field(
         None,
         gt=0,
@@ -158,6 +165,7 @@ class ServerSettings(BaseSettings):
             pool_bytes=int(self.pool),
             host_adapter_bytes=int(self.host_adapter_ram),
             prefix_caching=self.prefix_caching,
+            quantization=self.quantization,
             fuse_after=self.fuse_after,
         )
 

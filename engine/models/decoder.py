@@ -21,11 +21,15 @@ from polydelta.engine.models.layers import (
     Rotation,
     fused_linears,
     norm_parts,
+    quantizing,
 )
 from polydelta.engine.models.rope import rope_tables
 from polydelta.engine.models.weights import Weights
 from polydelta.kernels.delta_groups import Linear
 from polydelta.kernels.ops import Kernels
+
+# The head is read in every step and says the most about quality: it never gets fewer.
+HEAD_BITS = 8
 
 
 class DecoderLayer:
@@ -80,7 +84,8 @@ class Decoder:
         self.config = config
         self.kernels = kernels
         embedding_shape = (config.vocab_size, config.hidden_size)
-        embedding = weights.take("model.embed_tokens.weight", embedding_shape)
+        embedding_name = head_name = "model.embed_tokens.weight"
+        embedding = weights.take(embedding_name, embedding_shape)
         # tokens [tokens] int64 -> [tokens, hidden]
         self.embed: Linear = partial(kernels.gather, embedding)
         self.layers = [
@@ -90,10 +95,16 @@ class Decoder:
         self.norm: Norm = RMSNorm("model.norm", size, eps, weights, kernels)
         if config.tie_embeddings:
             weights.leave("lm_head.weight")  # some checkpoints store the tied copy too
-            head = embedding
         else:
-            head = weights.take("lm_head.weight", embedding_shape)
-        self.lm_head: Linear = kernels.head(head)
+            head_name = "lm_head.weight"
+        self.lm_head: Linear
+        if weights.bits is not None:
+            quantized = weights.take_quantized(head_name, embedding_shape, HEAD_BITS)
+            self.lm_head = quantizing(kernels).quantized_head(quantized)
+        elif config.tie_embeddings:
+            self.lm_head = kernels.head(embedding)
+        else:
+            self.lm_head = kernels.head(weights.take(head_name, embedding_shape))
         self.cos, self.sin = rope_tables(config.rope, config.head_dim, max_positions, dtype)
         weights.finish()
 

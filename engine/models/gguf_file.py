@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from polydelta.engine.models.config import FAMILIES, ModelConfig, RopeConfig
 from polydelta.engine.models.errors import ModelError
+from polydelta.engine.models.gguf_codes import quantized_weight
 from polydelta.engine.models.gguf_head import GgufTensor, read_head
+from polydelta.kernels.quantized_weight import QuantizedWeight
 
 # GGUF's tensor names -> Hugging Face's, within a block and outside of blocks.
 _BLOCK_NAMES: Mapping[str, str] = {
@@ -68,11 +71,18 @@ class GgufFile:
 
     def read(self, name: str) -> Tensor:
         tensor = self._tensors[self._hf_names[name]]
-        values = self._dequantised(tensor)
+        return self._in_order(name, self._dequantised(tensor))
+
+    def read_quantized(self, name: str) -> QuantizedWeight | None:
+        weight = quantized_weight(self._tensors[self._hf_names[name]])
+        return None if weight is None else weight.map_rows(partial(self._in_order, name))
+
+    def _in_order(self, name: str, rows: Tensor) -> Tensor:
+        """The rows of a tensor as Hugging Face has them."""
         if self.config.family == "llama" and (".q_proj." in name or ".k_proj." in name):
             heads = self.config.num_heads if ".q_proj." in name else self.config.num_kv_heads
-            return _unpermuted(values, heads)
-        return values
+            return _unpermuted(rows, heads)
+        return rows
 
     def _dequantised(self, tensor: GgufTensor) -> Tensor:
         # The library takes 16 rows at a time. Several rows as one make its operations fewer: all

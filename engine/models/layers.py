@@ -12,9 +12,11 @@ from torch import Tensor
 
 from polydelta.adapters_store.base_layout import FusedLinear, LinearPart, NormPart
 from polydelta.engine.models.config import ModelConfig
+from polydelta.engine.models.errors import ModelError
 from polydelta.engine.models.weights import Weights
 from polydelta.kernels.delta_groups import Linear
-from polydelta.kernels.ops import Kernels
+from polydelta.kernels.ops import Kernels, QuantizedKernels
+from polydelta.kernels.quantized_weight import stack
 
 
 class PagedAttention(Protocol):
@@ -84,18 +86,30 @@ def fused_linears(config: ModelConfig) -> tuple[FusedLinear, ...]:
 
 def load_linear(fused: FusedLinear, prefix: str, weights: Weights, kernels: Kernels) -> Linear:
     """Stacks the parts' weights, and their biases where the family has them."""
-    stacked = torch.cat(
-        [
-            weights.take(f"{prefix}.{part.name}.weight", (part.out_features, fused.in_features))
-            for part in fused.parts
-        ]
-    )
+    shapes = {
+        f"{prefix}.{part.name}.weight": (part.out_features, fused.in_features)
+        for part in fused.parts
+    }
     biases = [
         weights.take(f"{prefix}.{part.name}.bias", (part.out_features,))
         for part in fused.parts
         if fused.bias
     ]
-    return kernels.linear(stacked, torch.cat(biases) if biases else None)
+    bias = torch.cat(biases) if biases else None
+    if weights.bits is None:
+        return kernels.linear(torch.cat([weights.take(*each) for each in shapes.items()]), bias)
+    parts = [weights.take_quantized(*each, weights.bits) for each in shapes.items()]
+    return quantizing(kernels).quantized_linear(stack(parts), bias)
+
+
+def quantizing(kernels: Kernels) -> QuantizedKernels:
+    """Raises ModelError for kernels that take no quantised weights."""
+    if isinstance(kernels, QuantizedKernels):
+        return kernels
+    raise ModelError(
+        "quantization needs dtype bfloat16, Linux, a C compiler and a CPU with AVX512-BF16 (AMD "
+        "since Zen 4, Intel since Sapphire Rapids): serve without it."
+    )
 
 
 class RMSNorm:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from polydelta.engine.models.errors import ModelError
+from polydelta.kernels.quantized_weight import QuantizedWeight, quantize
 
 
 class TensorSource(Protocol):
@@ -21,34 +22,68 @@ class TensorSource(Protocol):
         """The tensor, dequantised, in whatever float dtype the file has. Raises ModelError."""
 
 
+@runtime_checkable
+class QuantizedSource(TensorSource, Protocol):
+    """One whose tensors may have 4 or 8 bits."""
+
+    def read_quantized(self, name: str) -> QuantizedWeight | None:
+        """The tensor as the file has it; None where it is in no format of ours."""
+
+
 class Weights:
-    """Hands out each tensor once, checked and converted, and knows what nobody asked for."""
+    """Hands out tensors, checked and converted, and knows what nobody asked for."""
 
     def __init__(
-        self, source: TensorSource, dtype: torch.dtype, report: Callable[[int, int], None]
+        self,
+        source: TensorSource,
+        dtype: torch.dtype,
+        report: Callable[[int, int], None],
+        bits: int | None = None,
     ) -> None:
+        """bits: those of a weight of a linear layer, 4 or 8; None for the dtype's."""
+        self.bits = bits
         self._source = source
         self._dtype = dtype
         self._report = report
-        self._unused = set(source.names())
+        self._names = frozenset(source.names())
+        self._unused = set(self._names)
         self._total = len(self._unused)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor in the engine's dtype; ModelError if it is missing or has another shape."""
-        if name not in self._unused:
-            raise ModelError(f"The checkpoint has no tensor {name!r}.")
+        self._require(name)
         tensor = self._source.read(name)
-        if tuple(tensor.shape) != shape:
-            raise ModelError(
-                f"Tensor {name!r} has shape {tuple(tensor.shape)}, but the config says {shape}."
-            )
-        self._unused.remove(name)
-        self._report(self._total - len(self._unused), self._total)
+        self._give(name, tuple(tensor.shape), shape)
         return tensor.to(self._dtype)
+
+    def take_quantized(self, name: str, shape: tuple[int, int], bits: int) -> QuantizedWeight:
+        """The matrix with at most so many bits: its file's own codes, or the nearest there are.
+        ModelError as in `take`, and for numbers that cannot be quantised."""
+        self._require(name)
+        weight = None
+        if isinstance(self._source, QuantizedSource):
+            weight = self._source.read_quantized(name)
+        if weight is None or weight.bits > bits:
+            try:
+                weight = quantize(self._source.read(name), bits)
+            except ValueError as error:
+                raise ModelError(f"Tensor {name!r} cannot be quantised: {error}.") from None
+        self._give(name, weight.shape, shape)
+        return weight
 
     def leave(self, name: str) -> None:
         """The tensor may be there, and is not needed."""
         self._unused.discard(name)
+
+    def _require(self, name: str) -> None:
+        if name not in self._names:
+            raise ModelError(f"The checkpoint has no tensor {name!r}.")
+
+    def _give(self, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if shape != expected:
+            raise ModelError(f"Tensor {name!r} has shape {shape}, but the config says {expected}.")
+        self._unused.discard(name)
+        self._report(self._total - len(self._unused), self._total)
 
     def finish(self) -> None:
         """Raises ModelError if the checkpoint holds weights that the decoder did not use."""

@@ -29,13 +29,19 @@ class Arena:
         self._blocks: dict[int, Tensor] = {}
         # (bytes, address), ascending.
         self._free: list[tuple[int, int]] = []
+        # The same, as they come back: a tensor may go at any moment, and on any thread.
+        self._returned: list[tuple[int, int]] = []
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         nbytes, address = self._take(max(1, math.prod(shape) * dtype.itemsize))
         # A tensor's storage holds the buffer, and so do all of its views.
         buffer = (ctypes.c_char * nbytes).from_address(address)
-        weakref.finalize(buffer, insort, self._free, (nbytes, address))
+        weakref.finalize(buffer, self._give_back, (nbytes, address))
         return _tensor(buffer, shape, dtype)
+
+    def _give_back(self, block: tuple[int, int]) -> None:
+        """A method, so that what is given out keeps the arena."""
+        self._returned.append(block)
 
     def lasting(self, field: T) -> T | int:
         """The field, or its address where the memory is the arena's: a reference to the tensor
@@ -46,9 +52,14 @@ class Arena:
 
     def _take(self, nbytes: int) -> tuple[int, int]:
         """The smallest free block that is large enough, or a new one."""
+        while self._returned:
+            insort(self._free, self._returned.pop())
         place = bisect_left(self._free, (nbytes, 0))
         if place < len(self._free):
             return self._free.pop(place)
+        # A power of two: else prompts that grow by a token each need a new block every time. What
+        # is never written to takes no memory.
+        nbytes = 1 << (nbytes - 1).bit_length()
         block = torch.empty(nbytes + _ALIGNMENT, dtype=torch.uint8)
         address = -(-block.data_ptr() // _ALIGNMENT) * _ALIGNMENT
         self._blocks[address] = block
@@ -64,4 +75,7 @@ def tensor_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
 def _tensor(
     buffer: ctypes.Array[ctypes.c_char], shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape)).view(shape)
+    count = math.prod(shape)
+    if not count:  # torch has no buffers without numbers
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)

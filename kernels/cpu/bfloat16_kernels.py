@@ -18,6 +18,7 @@ from polydelta.kernels.cpu.kernels import CpuKernels
 from polydelta.kernels.cpu.native import NativeLibrary, Struct
 from polydelta.kernels.cpu.native_groups import NativeSites, group
 from polydelta.kernels.cpu.panels import PanelLinear
+from polydelta.kernels.cpu.quantized_linear import QuantizedLinear
 from polydelta.kernels.cpu.recording import record
 from polydelta.kernels.delta_groups import (
     AdapterSites,
@@ -27,6 +28,7 @@ from polydelta.kernels.delta_groups import (
     SiteDeltas,
 )
 from polydelta.kernels.ops import AttentionShape, FusableLinear, RecordedStep, SequenceSlice
+from polydelta.kernels.quantized_weight import QuantizedWeight
 
 # As in attention.c: rows of scores that are computed together, and the widest head.
 MOST_SCORES, MOST_HEAD_DIM = 64, 256
@@ -67,6 +69,16 @@ class Bfloat16Kernels(CpuKernels):
             return super().head(weight)
         return PanelLinear(weight, None, self._pool, self._library, wide=True)
 
+    def quantized_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> Linear:
+        if weight.shape[1] % 2:
+            return super().linear(weight.dequantized().bfloat16(), bias)
+        return QuantizedLinear(weight, bias, self._pool)
+
+    def quantized_head(self, weight: QuantizedWeight) -> Linear:
+        if weight.shape[1] % 2:
+            return super().head(weight.dequantized().bfloat16())
+        return QuantizedLinear(weight, None, self._pool, wide=True)
+
     def gather(self, table: Tensor, rows: Tensor) -> Tensor:
         if not _ours(table):
             return super().gather(table, rows)
@@ -79,6 +91,11 @@ class Bfloat16Kernels(CpuKernels):
             return super().add(x, y)
         self._pool.call("add", x, y, x.numel())
         return x
+
+    def argmax(self, x: Tensor) -> Tensor:
+        places = torch.empty(len(x), dtype=torch.int64)
+        self._pool.call("argmax", places, x, len(x), x.shape[1])
+        return places
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not _ours(x) or not _ours(weight):

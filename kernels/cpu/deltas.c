@@ -10,19 +10,40 @@ typedef struct {
     const uint16_t *values;                /* [nnz] */
 } Sparse;
 
-/* scratch: rows * in */
+enum { SPARSE_ROWS = 16, SPARSE_OUTPUTS = 32 };
+
+/* Some outputs of SPARSE_ROWS rows: each number of dW is read once, for all of them. across: x
+ * transposed, [in, SPARSE_ROWS]. */
+static void sum_sparse(float sums[SPARSE_OUTPUTS][SPARSE_ROWS], const Sparse *d, int64_t first,
+                       int64_t count, const float *restrict across) {
+    for (int64_t i = 0; i < count; i++) {
+        float sum[SPARSE_ROWS] = {0};
+        for (int64_t k = d->row_pointers[first + i]; k < d->row_pointers[first + i + 1]; k++) {
+            const float value = widen(d->values[k]), *column = across + d->columns[k] * SPARSE_ROWS;
+            for (int64_t row = 0; row < SPARSE_ROWS; row++) sum[row] += value * column[row];
+        }
+        memcpy(sums[i], sum, sizeof sum);
+    }
+}
+
+/* scratch: (in + SPARSE_OUTPUTS) * SPARSE_ROWS */
 void polydelta_add_sparse(uint16_t *y, int64_t y_stride, const uint16_t *x, int64_t x_stride,
                           int64_t rows, int64_t in, const Sparse *d, float *scratch) {
-    widen_rows(scratch, x, x_stride, rows, in);
-    for (int64_t i = 0; i < d->out; i++) {
-        const int64_t start = d->row_pointers[i], stop = d->row_pointers[i + 1];
-        if (start == stop) continue;
-        for (int64_t row = 0; row < rows; row++) {
-            const float *wide = scratch + row * in;
-            float sum = 0;
-            for (int64_t k = start; k < stop; k++) sum += widen(d->values[k]) * wide[d->columns[k]];
-            uint16_t *out = y + row * y_stride + i;
-            *out = narrow(widen(*out) + sum);
+    float *across = scratch, (*sums)[SPARSE_ROWS] = (void *)(scratch + in * SPARSE_ROWS);
+    for (int64_t top = 0; top < rows; top += SPARSE_ROWS) {
+        const int64_t count = least(SPARSE_ROWS, rows - top);
+        for (int64_t k = 0; k < in; k++)
+            for (int64_t row = 0; row < SPARSE_ROWS; row++)
+                across[k * SPARSE_ROWS + row] =
+                    row < count ? widen(x[(top + row) * x_stride + k]) : 0;
+        for (int64_t first = 0; first < d->out; first += SPARSE_OUTPUTS) {
+            const int64_t outputs = least(SPARSE_OUTPUTS, d->out - first);
+            sum_sparse(sums, d, first, outputs, across);
+            for (int64_t row = 0; row < count; row++) {
+                uint16_t *out = y + (top + row) * y_stride + first;
+                for (int64_t i = 0; i < outputs; i++)
+                    out[i] = narrow(widen(out[i]) + sums[i][row]);
+            }
         }
     }
 }

@@ -27,8 +27,9 @@ from polydelta.kernels.reference_deltas import add_delta as add_by_reference, ch
 # against ours: rank 8 and 1 row 39 -> 3 us, rank 32 and 2 rows 65 -> 11 us, rank 64 and 16 rows
 # 109 -> 105 us. (float32 has none: its small products cost torch 3 us each.)
 NATIVE_ROWS = 16
-# Of kinds whose products torch does faster for several rows at once.
-FEW_ROWS = {SparseWeights: 4, KroneckerWeights: 4, CirculantWeights: 2}
+# Of other kinds: torch does the products of some faster for several rows at once; an entry of a
+# sparse delta is read once for 16 rows.
+MOST_ROWS = {SparseWeights: 2**62, KroneckerWeights: 4, CirculantWeights: 2}
 
 
 class FewRowsDelta:
@@ -37,7 +38,7 @@ class FewRowsDelta:
 
     def __init__(self, weights: AddWeights, library: NativeLibrary) -> None:
         self.native = bind(library, weights)
-        self.most_rows = FEW_ROWS.get(type(weights), NATIVE_ROWS)
+        self.most_rows = MOST_ROWS.get(type(weights), NATIVE_ROWS)
         self._for_many = _for_many_rows(weights, library)
 
     def __call__(self, y: Tensor, x: Tensor) -> None:

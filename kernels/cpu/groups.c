@@ -14,7 +14,7 @@ enum {
      * share, and much to wait for. */
     WHOLE_ROWS = 4,
     /* Rows of one item of the other kinds. */
-    OTHER_ROWS = 8,
+    OTHER_ROWS = 16,
 };
 
 typedef void (*ApplyDelta)(uint16_t *y, int64_t y_stride, const uint16_t *x, int64_t x_stride,
@@ -373,23 +373,23 @@ static void expand_finished(const void *with, int64_t row, int64_t rows, int64_t
 }
 
 typedef struct {
-    const Product *product;
-    const Group *group;
+    Product product;
+    Group group;
 } GroupProduct;
 
 /* A product and what adapters add to it. Of many rows y is too large for a cache: where low-rank
  * deltas are all there is, they are added while it is computed. */
 void polydelta_multiply_group(Pool *pool, const GroupProduct *both) {
-    const Group *group = both->group;
+    const Group *group = &both->group;
     Turn turn = begin_turn(group);
     int fused = group->of->num_turns == 1 && !collect(&turn, 0, 0);
     for (int64_t i = 0; i < turn.num_entries; i++)
         fused &= turn.entries[i].low_rank && turn.entries[i].segment->rows > WHOLE_ROWS;
     if (!fused) {
-        polydelta_multiply(pool, both->product);
+        polydelta_multiply(pool, &both->product);
         polydelta_add_group(pool, group);
         return;
     }
     share(pool, turn_item, &turn, number_items(&turn));
-    multiply(pool, both->product, expand_finished, &turn);
+    multiply(pool, &both->product, expand_finished, &turn);
 }

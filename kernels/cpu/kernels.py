@@ -57,6 +57,9 @@ class CpuKernels:
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return x.add_(y)
 
+    def argmax(self, x: Tensor) -> Tensor:
+        return x.argmax(-1)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)
 

@@ -1,7 +1,7 @@
 /* What a decoder layer does between its products, in bfloat16 and by rows. */
 
 /* Rows that one thread takes at a time: fewer are done before another thread has begun. */
-enum { ROWS_PER_ITEM = 16 };
+enum { ROWS_PER_ITEM = 8 };
 
 static inline int64_t row_items(int64_t rows) { return (rows + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM; }
 
@@ -102,7 +102,7 @@ typedef struct {
     int64_t count;
 } Addition;
 
-enum { NUMBERS_PER_ITEM = 16384 };
+enum { NUMBERS_PER_ITEM = 8192 };
 
 static void add_item(const void *task, int64_t item) {
     const Addition *of = task;
@@ -158,3 +158,31 @@ static void store_item(const void *task, int64_t item) {
 void polydelta_store_kv(Pool *pool, const Storing *of) {
     share(pool, store_item, of, row_items(of->rows));
 }
+
+typedef struct {
+    int64_t *places; /* [rows] */
+    const float *x;  /* [rows, size] */
+    int64_t rows, size;
+} Argmax;
+
+/* The first place of the largest number of a row. */
+static void argmax_item(const void *task, int64_t row) {
+    const Argmax *of = task;
+    const float *x = of->x + row * of->size;
+    const __m512 none = _mm512_set1_ps(-__builtin_inff());
+    __m512 best = none;
+    __m512i at = _mm512_setzero_si512();
+    for (int64_t i = 0; i < of->size; i += 16) {
+        const __m512 v = _mm512_mask_loadu_ps(none, first_lanes(of->size - i), x + i);
+        const __mmask16 better = _mm512_cmp_ps_mask(v, best, _CMP_GT_OQ);
+        best = _mm512_mask_mov_ps(best, better, v);
+        at = _mm512_mask_set1_epi32(at, better, i / 16);
+    }
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(best));
+    const __m512i places = _mm512_add_epi32(_mm512_slli_epi32(at, 4), lanes);
+    of->places[row] =
+        _mm512_mask_reduce_min_epi32(_mm512_cmp_ps_mask(best, most, _CMP_EQ_OQ), places);
+}
+
+void polydelta_argmax(Pool *pool, const Argmax *of) { share(pool, argmax_item, of, of->rows); }

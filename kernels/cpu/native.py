@@ -18,6 +18,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -33,15 +34,15 @@ logger = logging.getLogger(__name__)
 # Compiled as one, in this order.
 _SOURCES = ("bfloat16.c", "low_rank.c", "deltas.c", "one_bit.c", "fusing.c")
 _DECODER_SOURCES = (
-    "threads.c", "lanes.c", "products.c", "layers.c", "attention.c", "groups.c",
+    "threads.c", "lanes.c", "products.c", "quantized.c", "layers.c", "attention.c", "groups.c",
 )  # fmt: skip
 _DELTAS = (
     "add_low_rank", "add_sparse", "add_columns", "add_rows", "add_kronecker", "add_circulant",
     "add_top_k", "add_one_bit", "add_bias", "scale", "rotate",
 )  # fmt: skip
 _DECODER = (
-    "multiply", "pack", "rms_norm", "embed_positions", "silu_mul", "add", "gather", "store_kv",
-    "attend", "add_group", "multiply_group", "replay",
+    "multiply", "multiply_quantized", "pack", "rms_norm", "embed_positions", "silu_mul", "add",
+    "gather", "store_kv", "attend", "add_group", "multiply_group", "argmax", "replay",
 )  # fmt: skip
 # Sums may be taken in any order, or no loop of them becomes vectors. Not -ffast-math: a library
 # linked with it switches subnormal numbers off in the whole process when it is loaded.
@@ -103,16 +104,24 @@ def float_bits(value: float) -> int:
     return int.from_bytes(struct.pack("<d", value), "little", signed=True)
 
 
+class _Recorded(threading.local):
+    """What a thread has called since it began to record; None where it does not. Another one may
+    pack weights meanwhile."""
+
+    calls: list[tuple[str, Struct]] | None = None
+
+
 class NativePool:
     """Functions that share their work among threads; for one caller at a time."""
 
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
         library.polydelta_open_pool.restype = ctypes.c_void_p
         self._address = ctypes.c_void_p(library.polydelta_open_pool(ctypes.c_int64(threads)))
-        weakref.finalize(self, library.polydelta_close_pool, self._address)
+        # Not at the process's exit: another thread may be computing then.
+        weakref.finalize(self, library.polydelta_close_pool, self._address).atexit = False
         self._functions = {name: getattr(library, f"polydelta_{name}") for name in _DECODER}
         self._arena = Arena()
-        self._recorded: list[tuple[str, Struct]] | None = None
+        self._recorded = _Recorded()
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """What a function writes to."""
@@ -120,19 +129,19 @@ class NativePool:
 
     def call(self, name: str, *fields: Field) -> None:
         """fields: of the function's struct in C, in their order."""
-        if self._recorded is not None:
-            self._recorded.append((name, Struct([self._arena.lasting(f) for f in fields])))
+        if self._recorded.calls is not None:
+            self._recorded.calls.append((name, Struct([self._arena.lasting(f) for f in fields])))
         memory = (ctypes.c_int64 * len(fields))(*map(_number, fields))
         self._functions[name](self._address, memory)
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Struct, Tensor]:
         """What `run` calls, while it does so, for `replay`; and what it returns."""
         recorded: list[tuple[str, Struct]] = []
-        self._recorded = recorded
+        self._recorded.calls = recorded
         try:
             result = run()
         finally:
-            self._recorded = None
+            self._recorded.calls = None
         fields: list[Field] = []
         for name, task in recorded:
             function = ctypes.cast(self._functions[name], ctypes.c_void_p)

@@ -94,7 +94,7 @@ def bind(library: NativeLibrary, weights: AddWeights | ChangeWeights) -> NativeD
             return _bind_low_rank(library, weights)
         case SparseWeights(row_pointers, columns, values):
             sparse = (len(row_pointers) - 1, row_pointers, columns, values)
-            return NativeDelta(library, "add_sparse", sparse, Scratch(per_number=1))
+            return NativeDelta(library, "add_sparse", sparse, Scratch(per_column=16, once=512))
         case ColumnsWeights(out_start, indices, block_t):
             count, out = block_t.shape
             of_columns = (out_start, out, count, indices, block_t, block_t.stride(0))

@@ -72,7 +72,8 @@ class NativeGroup:
     ) -> None:
         """fast: their sites are NativeSites."""
         self._pool = pool
-        self.recordable = not others
+        # What applies nothing has no call that a replay could repeat for another.
+        self.recordable = bool(fast) and not others
         self._others = SegmentLoop(others) if others else None
         self._all = SegmentLoop([*fast, *others])
         self._fast = fast
@@ -101,7 +102,7 @@ class NativeGroup:
             self.apply(site, y, x)
             return y
         y, product = linear.product(x)
-        self._pool.call("multiply_group", Struct(product), Struct(self._fields(site, y, x)))
+        self._pool.call("multiply_group", *product, *self._fields(site, y, x))
         return y
 
     def _fields(self, site: int, y: Tensor, x: Tensor) -> tuple[Field, ...]:

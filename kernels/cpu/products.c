@@ -104,6 +104,7 @@ static void multiply_item(const void *task, int64_t item) {
 }
 
 static void multiply(Pool *pool, const Product *of, Finish finish, const void *with) {
+    if (!of->rows) return;
     SharedProduct shared = {.of = of, .finish = finish, .with = with};
     shared.panels = (of->out + PANEL - 1) / PANEL;
     /* Blocks of x stay in the second-level cache; few rows are one block. */

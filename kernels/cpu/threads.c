@@ -24,8 +24,8 @@ typedef struct {
     /* Rings for each task; what sleepers wait at. */
     _Atomic uint32_t bell, sleeping;
     _Atomic uint32_t closed, busy;
-    Work work;
-    const void *task;
+    _Atomic(Work) work;
+    _Atomic(const void *) task;
     int64_t helpers;
     pthread_t threads[];
 } Pool;

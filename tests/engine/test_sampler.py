@@ -21,6 +21,7 @@ from transformers.generation.logits_process import (
 from polydelta.engine.request import GenerationRequest, SamplingParams
 from polydelta.engine.sampler import Sampler
 from polydelta.engine.sequence import SampledToken, Sequence
+from polydelta.kernels.reference import ReferenceKernels
 
 VOCABULARY = 400
 
@@ -36,12 +37,14 @@ def random_logits(rows: int, seed: int = 0, vocabulary: int = VOCABULARY) -> Ten
 
 
 def sample_one(logits: Tensor, one: Sequence, sampler: Sampler | None = None) -> SampledToken:
-    return (sampler or Sampler(len(logits))).sample(logits[None].clone(), [one])[0]
+    return (sampler or Sampler(len(logits), ReferenceKernels())).sample(
+        logits[None].clone(), [one]
+    )[0]
 
 
 def draws(logits: Tensor, count: int, **params: Any) -> list[int]:
     """Tokens that one sequence draws from the same logits again and again."""
-    sampler, one = Sampler(len(logits)), sequence(seed=5, **params)
+    sampler, one = Sampler(len(logits), ReferenceKernels()), sequence(seed=5, **params)
     return [sample_one(logits, one, sampler).token_id for _ in range(count)]
 
 
@@ -53,13 +56,13 @@ def adjusted(logits: Tensor, one: Sequence) -> Tensor:
 
 
 def test_an_empty_batch_has_no_tokens() -> None:
-    assert Sampler(VOCABULARY).sample(torch.empty(0, VOCABULARY), []) == []
+    assert Sampler(VOCABULARY, ReferenceKernels()).sample(torch.empty(0, VOCABULARY), []) == []
 
 
 def test_greedy_takes_the_likeliest_token() -> None:
     logits = random_logits(6)
     rows = [sequence(temperature=0.0, top_k=3, top_p=0.2) for _ in range(6)]
-    tokens = Sampler(VOCABULARY).sample(logits.clone(), rows)
+    tokens = Sampler(VOCABULARY, ReferenceKernels()).sample(logits.clone(), rows)
     assert [token.token_id for token in tokens] == logits.argmax(-1).tolist()
 
 
@@ -71,7 +74,9 @@ def test_rows_of_every_kind_share_a_batch() -> None:
         {"temperature": 0.7, "seed": 2, "top_k": 5, "logprobs": 2},
         {"temperature": 0.0, "repetition_penalty": 2.0},
     ]
-    together = Sampler(VOCABULARY).sample(logits.clone(), [sequence(**kind) for kind in kinds])
+    together = Sampler(VOCABULARY, ReferenceKernels()).sample(
+        logits.clone(), [sequence(**kind) for kind in kinds]
+    )
     alone = [sample_one(row, sequence(**kind)) for row, kind in zip(logits, kinds, strict=True)]
     assert together == alone
 
@@ -79,7 +84,7 @@ def test_rows_of_every_kind_share_a_batch() -> None:
 @pytest.mark.parametrize("others", [0, 1, 5])
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(others: int) -> None:
     logits = random_logits(12)
-    sampler, one = Sampler(VOCABULARY), sequence(seed=42)
+    sampler, one = Sampler(VOCABULARY, ReferenceKernels()), sequence(seed=42)
     tokens = []
     for step, row in enumerate(logits):
         neighbours = [sequence(seed=step * 10 + n) for n in range(others)]
@@ -88,7 +93,7 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(others: int)
         batch = random_logits(others + 1, seed=step + 1)
         batch[place] = row
         tokens.append(sampler.sample(batch, rows)[place].token_id)
-    sampler, again = Sampler(VOCABULARY), sequence(seed=42)
+    sampler, again = Sampler(VOCABULARY, ReferenceKernels()), sequence(seed=42)
     assert tokens == [sample_one(row, again, sampler).token_id for row in logits]
 
 
@@ -106,7 +111,7 @@ def test_different_seeds_and_no_seed_draw_differently() -> None:
     logits = torch.zeros(VOCABULARY)
     streams = []
     for seed in (1, 2, None, None):
-        sampler, one = Sampler(VOCABULARY), sequence(seed=seed)
+        sampler, one = Sampler(VOCABULARY, ReferenceKernels()), sequence(seed=seed)
         streams.append(tuple(sample_one(logits, one, sampler).token_id for _ in range(10)))
     assert len(set(streams)) == 4
 
@@ -118,7 +123,7 @@ def test_seeds_at_the_ends_of_64_bits_are_taken(seed: int) -> None:
 
 def test_a_forgotten_sequence_begins_its_stream_anew() -> None:
     logits = torch.zeros(VOCABULARY)
-    sampler, one = Sampler(VOCABULARY), sequence(seed=3)
+    sampler, one = Sampler(VOCABULARY, ReferenceKernels()), sequence(seed=3)
     first = [sample_one(logits, one, sampler).token_id for _ in range(5)]
     sampler.forget(one)
     sampler.forget(one)
@@ -127,7 +132,7 @@ def test_a_forgotten_sequence_begins_its_stream_anew() -> None:
 
 def draw_at(number: float, logits: Tensor, one: Sequence) -> int:
     """The token that is drawn where the random stream says `number`."""
-    sampler = Sampler(len(logits))
+    sampler = Sampler(len(logits), ReferenceKernels())
     sampler._uniform = lambda _: torch.tensor(number, dtype=torch.float64)
     return sample_one(logits, one, sampler).token_id
 
@@ -321,7 +326,7 @@ def test_one_rows_penalties_and_biases_leave_the_others_alone() -> None:
         sequence([5], [6], temperature=0.0, repetition_penalty=9.0, logit_bias={1: 50.0}),
         sequence(temperature=0.0, logprobs=0),
     ]
-    tokens = Sampler(VOCABULARY).sample(logits.clone(), rows)
+    tokens = Sampler(VOCABULARY, ReferenceKernels()).sample(logits.clone(), rows)
     for row in (0, 2):
         assert tokens[row] == sample_one(logits[row], sequence(temperature=0.0, logprobs=0))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import threading
 from collections.abc import Callable, Sequence
 
@@ -13,16 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polydelta.kernels.cpu import native
+from polydelta.kernels.cpu.bfloat16_kernels import Bfloat16Kernels
 from polydelta.kernels.cpu.fusing import FusedEntries
 from polydelta.kernels.cpu.linear import PackedLinear
 from polydelta.kernels.cpu.packed_layout import layout_of, memory_of, pack
+from polydelta.kernels.cpu.panels import PanelLinear
 from polydelta.kernels.delta_weights import LowRankBlock, LowRankWeights, SparseWeights
 from polydelta.kernels.fusing import Fused, FusedWeight, entry_rows, with_deltas
 
 Near = Callable[[Tensor, Tensor, torch.dtype], None]
 Delta = LowRankWeights | SparseWeights
+Layer = PackedLinear | PanelLinear
+# A dtype as oneDNN packs it, or "panels".
+Kind = torch.dtype | str
 
 LIBRARY = native.load()
+OURS = Bfloat16Kernels(LIBRARY, 2) if LIBRARY is not None and LIBRARY.computes_decoders else None
+# Panels of our own, in the place of oneDNN's packing.
+PANELS = pytest.param(
+    "panels", marks=pytest.mark.skipif(OURS is None, reason="no compiler or no AVX512-BF16")
+)
+KINDS = pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, PANELS], ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # One entry, less than a block, blocks with padding on either side and on none; [out, in].
 SHAPES = [(1, 1), (7, 5), (49, 33), (17, 130), (100, 60), (184, 60), (64, 32), (960, 576)]
@@ -30,7 +40,7 @@ SIZES = pytest.mark.parametrize("shape", SHAPES, ids=str)
 COMPILER = pytest.mark.parametrize(
     "library",
     [
-        pytest.param(LIBRARY, marks=pytest.mark.skipif(not shutil.which("cc"), reason="no cc")),
+        pytest.param(LIBRARY, marks=pytest.mark.skipif(LIBRARY is None, reason="no cc")),
         None,
     ],
     ids=["native", "torch"],
@@ -70,35 +80,65 @@ def dense(shape: tuple[int, int], deltas: Sequence[Delta]) -> Tensor:
     return with_deltas(torch.zeros(shape, dtype=torch.float64), deltas)
 
 
+def dtype_of(kind: Kind) -> torch.dtype:
+    return kind if isinstance(kind, torch.dtype) else torch.bfloat16
+
+
+def shape_of(kind: Kind, shape: tuple[int, int]) -> tuple[int, int]:
+    """Panels have an even number of columns."""
+    out_features, in_features = shape
+    return (out_features, in_features + in_features % 2) if kind == "panels" else shape
+
+
 def linear_of(
-    weight: Tensor, library: native.NativeLibrary | None = LIBRARY, bias: Tensor | None = None
-) -> PackedLinear:
-    return PackedLinear(weight, bias, library)
+    kind: Kind,
+    weight: Tensor,
+    library: native.NativeLibrary | None = LIBRARY,
+    bias: Tensor | None = None,
+) -> Layer:
+    if kind != "panels":
+        return PackedLinear(weight, bias, library)
+    assert OURS is not None
+    linear = OURS.linear(weight, bias)
+    assert isinstance(linear, PanelLinear)
+    return linear
 
 
-def raw(linear: PackedLinear) -> Tensor:
+def raw(linear: Layer) -> Tensor:
     """A copy of the bytes that lie in memory, padding included."""
-    return memory_of(linear.weight).view(torch.uint8).clone()
+    panels = isinstance(linear, PanelLinear)
+    memory = linear.packing.memory(linear.weight) if panels else memory_of(linear.weight)
+    return memory.view(torch.uint8).clone()
 
 
-def check_fused(linear: PackedLinear, weight: Tensor, deltas: Sequence[Delta]) -> None:
+def plain(linear: Layer) -> Tensor:
+    """The weight, `[out, in]`."""
+    panels = isinstance(linear, PanelLinear)
+    return linear.packing.unpack(linear.weight) if panels else linear.weight.to_dense()
+
+
+def check_fused(linear: Layer, weight: Tensor, deltas: Sequence[Delta]) -> None:
     """What is in the weight is the exact sum, rounded once."""
     change = dense((weight.shape[0], weight.shape[1]), deltas)
     expected = weight.double() + change
     # Half a unit in the last place of the sum, and what float32 loses on the way to it.
     rounding = torch.finfo(weight.dtype).eps / 2 * expected.abs()
     bound = rounding * 1.01 + 1e-6 * (weight.double().abs() + change.abs().max())
-    error = (linear.weight.to_dense().double() - expected).abs()
+    error = (plain(linear).double() - expected).abs()
     assert bool((error <= bound).all()), f"off by up to {float((error - bound).max()):.3g}"
 
 
 def check_switch(
-    near: Near, weight: Tensor, deltas: Sequence[Delta], library: native.NativeLibrary | None
+    near: Near,
+    kind: Kind,
+    weight: Tensor,
+    deltas: Sequence[Delta],
+    library: native.NativeLibrary | None,
 ) -> Fused:
     """In, compared, out, compared."""
     dtype = weight.dtype
     bias = torch.randn(weight.shape[0]).to(dtype)
-    linear = linear_of(weight, library, bias)
+    linear = linear_of(kind, weight, library, bias)
     before = raw(linear)
     fused = linear.prepare(deltas)
     assert torch.equal(raw(linear), before)
@@ -110,7 +150,7 @@ def check_switch(
         near(linear(x), F.linear(x.double(), merged, bias.double()), dtype)
     fused.unfuse()
     assert torch.equal(raw(linear), before)
-    assert torch.equal(linear.weight.to_dense(), weight)
+    assert torch.equal(plain(linear), weight)
     return fused
 
 
@@ -130,38 +170,41 @@ def test_the_layout_says_where_each_entry_lies(shape: tuple[int, int], dtype: to
     assert not memory.any(), "the padding is not zero"
 
 
-@DTYPES
+@KINDS
 @SIZES
 @COMPILER
 def test_sparse_deltas_go_in_and_out(
     near: Near,
     shape: tuple[int, int],
-    dtype: torch.dtype,
+    kind: Kind,
     library: native.NativeLibrary | None,
 ) -> None:
-    fused = check_switch(near, torch.randn(shape).to(dtype), [sparse(shape, dtype)], library)
+    shape, dtype = shape_of(kind, shape), dtype_of(kind)
+    weight = torch.randn(shape).to(dtype)
+    fused = check_switch(near, kind, weight, [sparse(shape, dtype)], library)
     assert isinstance(fused, FusedEntries)
 
 
-@DTYPES
+@KINDS
 @SIZES
 @pytest.mark.parametrize("ranks", [(1,), (12,), (2, 5, 3)], ids=str)
 def test_low_rank_deltas_go_in_and_out(
-    near: Near, shape: tuple[int, int], dtype: torch.dtype, ranks: Sequence[int]
+    near: Near, shape: tuple[int, int], kind: Kind, ranks: Sequence[int]
 ) -> None:
-    fused = check_switch(
-        near, torch.randn(shape).to(dtype), [low_rank(shape, dtype, ranks)], LIBRARY
-    )
+    shape, dtype = shape_of(kind, shape), dtype_of(kind)
+    weight = torch.randn(shape).to(dtype)
+    fused = check_switch(near, kind, weight, [low_rank(shape, dtype, ranks)], LIBRARY)
     assert isinstance(fused, FusedWeight)
 
 
-@DTYPES
+@KINDS
 @SIZES
 def test_both_kinds_in_one_layer_are_rounded_once(
-    near: Near, shape: tuple[int, int], dtype: torch.dtype
+    near: Near, shape: tuple[int, int], kind: Kind
 ) -> None:
+    shape, dtype = shape_of(kind, shape), dtype_of(kind)
     deltas = [low_rank(shape, dtype), sparse(shape, dtype), sparse(shape, dtype)]
-    check_switch(near, torch.randn(shape).to(dtype), deltas, LIBRARY)
+    check_switch(near, kind, torch.randn(shape).to(dtype), deltas, LIBRARY)
 
 
 @DTYPES
@@ -173,17 +216,17 @@ def test_a_layout_that_nobody_knows_is_no_hindrance(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("polydelta.kernels.cpu.packed_layout.layout_of", lambda shape, dtype: None)
-    fused = check_switch(near, torch.randn(49, 33).to(dtype), [make((49, 33), dtype)], LIBRARY)
+    weight, delta = torch.randn(49, 33).to(dtype), make((49, 33), dtype)
+    fused = check_switch(near, dtype, weight, [delta], LIBRARY)
     assert isinstance(fused, FusedWeight)
 
 
-@DTYPES
+@KINDS
 @SIZES
-def test_many_switches_in_any_order_leave_no_trace(
-    shape: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_many_switches_in_any_order_leave_no_trace(shape: tuple[int, int], kind: Kind) -> None:
+    shape, dtype = shape_of(kind, shape), dtype_of(kind)
     weight = torch.randn(shape).to(dtype)
-    linear = linear_of(weight)
+    linear = linear_of(kind, weight)
     before = raw(linear)
     sets: list[list[Delta]] = [
         [sparse(shape, dtype, 0.5)],
@@ -200,15 +243,15 @@ def test_many_switches_in_any_order_leave_no_trace(
         assert torch.equal(raw(linear), before)
 
 
-@DTYPES
+@KINDS
 @pytest.mark.parametrize("inside", [sparse, low_rank])
 @pytest.mark.parametrize("make", [sparse, low_rank])
 def test_what_is_in_the_weight_does_not_get_into_what_is_prepared(
-    dtype: torch.dtype, inside: Callable[..., Delta], make: Callable[..., Delta]
+    kind: Kind, inside: Callable[..., Delta], make: Callable[..., Delta]
 ) -> None:
-    shape = (49, 33)
+    shape, dtype = shape_of(kind, (49, 33)), dtype_of(kind)
     weight = torch.randn(shape).to(dtype)
-    linear, other = linear_of(weight), inside(shape, dtype)
+    linear, other = linear_of(kind, weight), inside(shape, dtype)
     first = linear.prepare([other])
     first.fuse()
     delta = make(shape, dtype)
@@ -218,14 +261,14 @@ def test_what_is_in_the_weight_does_not_get_into_what_is_prepared(
     second.fuse()
     check_fused(linear, weight, [delta])
     second.unfuse()
-    assert torch.equal(linear.weight.to_dense(), weight)
+    assert torch.equal(plain(linear), weight)
 
 
-@DTYPES
-def test_preparing_on_another_thread_while_deltas_go_in_and_out(dtype: torch.dtype) -> None:
-    shape = (184, 60)
+@KINDS
+def test_preparing_on_another_thread_while_deltas_go_in_and_out(kind: Kind) -> None:
+    shape, dtype = (184, 60), dtype_of(kind)
     weight = torch.randn(shape).to(dtype)
-    linear, deltas = linear_of(weight), [sparse(shape, dtype, 0.3)]
+    linear, deltas = linear_of(kind, weight), [sparse(shape, dtype, 0.3)]
     busy, prepared = linear.prepare(deltas), []
     other = [sparse(shape, dtype, 0.3)]
     thread = threading.Thread(
@@ -240,17 +283,18 @@ def test_preparing_on_another_thread_while_deltas_go_in_and_out(dtype: torch.dty
         fused.fuse()
         check_fused(linear, weight, other)
         fused.unfuse()
-        assert torch.equal(linear.weight.to_dense(), weight)
+        assert torch.equal(plain(linear), weight)
 
 
-def test_bits_that_arithmetic_would_lose_come_back() -> None:
+@pytest.mark.parametrize("kind", [torch.bfloat16, PANELS], ids=str)
+def test_bits_that_arithmetic_would_lose_come_back(kind: Kind) -> None:
     """Negative zeros, subnormal numbers, infinities and NaNs with a payload."""
     bits = torch.tensor([-32768, 1, -32767, 0x7F80, 0x7FC1, -63, 0x3F80, 0], dtype=torch.int16)
-    weight = bits.repeat(5).view(torch.bfloat16).view(8, 5)
-    linear = linear_of(weight)
+    weight = bits.repeat(6).view(torch.bfloat16).view(8, 6)
+    linear = linear_of(kind, weight)
     before = raw(linear)
     everything = SparseWeights(
-        torch.arange(9).int() * 5, torch.arange(5).int().repeat(8), torch.randn(40).bfloat16()
+        torch.arange(9).int() * 6, torch.arange(6).int().repeat(8), torch.randn(48).bfloat16()
     )
     fused = linear.prepare([everything])
     fused.fuse()
@@ -259,22 +303,26 @@ def test_bits_that_arithmetic_would_lose_come_back() -> None:
     assert torch.equal(raw(linear), before)
 
 
-@DTYPES
-def test_a_delta_without_entries_changes_nothing(dtype: torch.dtype) -> None:
-    weight = torch.randn(7, 5).to(dtype)
-    linear = linear_of(weight)
+@KINDS
+def test_a_delta_without_entries_changes_nothing(kind: Kind) -> None:
+    dtype = dtype_of(kind)
+    weight = torch.randn(7, 6).to(dtype)
+    linear = linear_of(kind, weight)
     none = SparseWeights(torch.zeros(8).int(), torch.zeros(0).int(), torch.zeros(0).to(dtype))
     fused = linear.prepare([none])
     fused.fuse()
-    assert torch.equal(linear.weight.to_dense(), weight)
+    assert torch.equal(plain(linear), weight)
     fused.unfuse()
 
 
-def test_what_was_prepared_in_inference_mode_works_outside_of_it_and_the_other_way_round() -> None:
-    shape = (49, 33)
-    weight, delta = torch.randn(shape), sparse(shape, torch.float32)
+@KINDS
+def test_what_was_prepared_in_inference_mode_works_outside_of_it_and_the_other_way_round(
+    kind: Kind,
+) -> None:
+    shape, dtype = shape_of(kind, (49, 33)), dtype_of(kind)
+    weight, delta = torch.randn(shape).to(dtype), sparse(shape, dtype)
     for within, without in ((True, False), (False, True)):
-        linear = linear_of(weight, None)
+        linear = linear_of(kind, weight, None)
         with torch.inference_mode(within):
             fused = linear.prepare([delta])
         with torch.inference_mode(without):
@@ -282,11 +330,11 @@ def test_what_was_prepared_in_inference_mode_works_outside_of_it_and_the_other_w
         check_fused(linear, weight, [delta])
         with torch.inference_mode(within):
             fused.unfuse()
-        assert torch.equal(linear.weight.to_dense(), weight)
+        assert torch.equal(plain(linear), weight)
 
 
 @DTYPES
-@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
+@pytest.mark.skipif(LIBRARY is None, reason="there is no C compiler")
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 1000])
 def test_the_compiled_scatter_writes_what_torch_writes(dtype: torch.dtype, count: int) -> None:
     assert LIBRARY is not None
