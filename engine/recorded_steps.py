@@ -20,7 +20,7 @@ from polydelta.kernels.ops import Kernels, RecordedStep
 # More rows keep the cores busy enough.
 MOST_ROWS = 64
 # Kept at a time; the one that was not used for the longest goes.
-MOST_RECORDINGS = 24
+MOST_RECORDINGS = 48
 
 # Rows, and whether any adapter acts on them.
 Shape = tuple[int, bool]

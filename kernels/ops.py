@@ -109,13 +109,14 @@ class Kernels(Protocol):
         """`x @ weight.T` in float32, whatever the dtype of x and of the weight (`[out, in]`)."""
 
     def gather(self, table: Tensor, rows: Tensor) -> Tensor:
-        """Rows `[n]` int64 of a table `[*, size]` -> `[n, size]`."""
+        """Rows `[n]` int64 of a table `[*, size]` -> `[n, size]`. Whether the table has them is not
+        checked."""
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """x + y, in the place of x; both `[tokens, size]`."""
+        """x + y, in the place of x; both `[tokens, size]`, dense."""
 
     def argmax(self, x: Tensor) -> Tensor:
-        """x: `[rows, size]` float32 -> `[rows]` int64, the place of each row's largest number."""
+        """x: `[rows, size]` float32, dense -> `[rows]` int64, where each row is largest."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x: `[..., hidden]`, weight: `[hidden]` (arXiv:1910.07467)."""
@@ -125,7 +126,7 @@ class Kernels(Protocol):
         `[tokens, head_dim]`, as `rope_tables` makes them."""
 
     def silu_mul(self, x: Tensor) -> Tensor:
-        """x: `[tokens, 2 * n]`, gate beside up -> `silu(gate) * up`, `[tokens, n]`."""
+        """x: `[tokens, 2 * n]`, dense, gate beside up -> `silu(gate) * up`, `[tokens, n]`."""
 
     def store_kv(self, kv: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Writes keys and values `[tokens, kv_heads, head_dim]` into one layer of the pool.

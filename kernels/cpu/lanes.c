@@ -51,7 +51,7 @@ static inline __attribute__((always_inline)) void multiply_pairs(
 /* e^x within 2 units in the last place; 0 below -87, and no infinities: for x <= 88. */
 static inline __m512 exp_lanes(__m512 x) {
     const __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
-    x = _mm512_min_ps(x, _mm512_set1_ps(88.0f));
+    x = _mm512_min_ps(_mm512_set1_ps(88.0f), x); /* in this order a NaN stays one */
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     /* ln 2 in two parts, so that the rest is exact. */
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);

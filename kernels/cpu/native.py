@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 # Compiled as one, in this order.
 _SOURCES = ("bfloat16.c", "low_rank.c", "deltas.c", "one_bit.c", "fusing.c")
 _DECODER_SOURCES = (
-    "threads.c", "lanes.c", "products.c", "quantized.c", "layers.c", "attention.c", "groups.c",
+    "threads.c", "lanes.c", "products.c", "quantized.c", "layers.c", "attention.c",
+    "shrink_expand.c", "groups.c",
 )  # fmt: skip
 _DELTAS = (
     "add_low_rank", "add_sparse", "add_columns", "add_rows", "add_kronecker", "add_circulant",
