@@ -30,6 +30,7 @@ KERNEL_PARTS = {
     "head": HEAD,
     "gather": SMALL,
     "add": SMALL,
+    "argmax": SAMPLING,
     "rms_norm": SMALL,
     "rotate": SMALL,
     "silu_mul": SMALL,
@@ -41,8 +42,10 @@ KERNEL_PARTS = {
     "bind_sites": DELTAS,
     "group_deltas": DELTAS,
 }
-# Methods of what the kernels make.
-MADE_METHODS = ("__call__", "apply")
+# Methods of what the kernels make; of a group's product with a layer the deltas are a part that
+# cannot be told from the rest where both are computed at once.
+MADE_METHODS = ("__call__", "apply", "multiply")
+OTHER_PARTS = {"multiply": LINEARS}
 FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, partial)
 
 
@@ -144,7 +147,10 @@ class StepClock:
             # Not by hasattr: every class has a __call__, which makes its instances.
             own = {name for each in kind.__mro__ for name in vars(each)}
             methods = [name for name in MADE_METHODS if name in own]
-            timed = {name: self.timed(part, getattr(kind, name)) for name in methods}
+            timed = {
+                name: self.timed(OTHER_PARTS.get(name, part), getattr(kind, name))
+                for name in methods
+            }
             made = type(kind.__name__, (kind,), {"__slots__": (), **timed}) if timed else kind
             self._kinds[kind, part] = self._kinds[made, part] = made
         return self._kinds[kind, part]
