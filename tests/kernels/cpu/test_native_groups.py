@@ -307,7 +307,7 @@ def test_a_product_with_deltas_has_the_bits_of_the_product_and_then_the_deltas(
         [*plain, Rows(third, rows - 1, [Deltas([low_rank(5)])], 0.5)],
         [Rows(0, third, [Deltas([low_rank(3), low_rank(4)])])],
         [*plain, Rows(rows - 1, rows, [Deltas([low_rank(3)])])],
-        [Rows(0, 2, [Deltas([sparse()])]), *plain[1:]],
+        [Rows(0, min(2, third), [Deltas([sparse()])]), *plain[1:]],
         [Rows(0, rows, [None])],
         [Rows(0, rows, [Deltas([sparse()])])],
     ):
