@@ -18,7 +18,7 @@ static inline void store_narrow(uint16_t *to, __mmask16 lanes, __m512 values) {
 }
 
 /* Reads one number of every line. The processor sees such a run coming, where it waits for a few
- * lines here and there; prefetch instructions do not have that effect. */
+ * lines here and there; as many prefetch instructions at once do not have that effect. */
 static inline void touch(const uint16_t *from, int64_t count) {
     for (int64_t i = 0; i < count; i += 32) (void)*(const volatile uint16_t *)(from + i);
 }
