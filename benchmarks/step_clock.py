@@ -84,13 +84,13 @@ class StepClock:
     def watch_engine(self, engine: Engine) -> None:
         """Before the engine is started."""
         runner: Any = engine._runner
-        step, whole = runner.step, self.timed(AROUND, engine._step)
+        launch, whole = runner.launch, self.timed(AROUND, engine._step)
         size = (0, 0)
 
         def run(schedule: Any, bound: Any) -> Any:
             nonlocal size
             size = len(schedule), sum(item.num_tokens for item in schedule)
-            return step(schedule, bound)
+            return launch(schedule, bound)
 
         def note() -> bool:
             nonlocal size
@@ -101,7 +101,7 @@ class StepClock:
                 self.steps.append(TimedStep(*size, dict(self._parts)))
             return busy
 
-        runner.step = self.timed(BETWEEN, run)
+        runner.launch = self.timed(BETWEEN, run)
         runner._sampler.sample = self.timed(SAMPLING, runner._sampler.sample)
         engine._step = note  # type: ignore[method-assign]
 

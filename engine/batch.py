@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from polydelta.adapters_store.composition import Shares
-from polydelta.engine.sequence import Schedule, ScheduledSequence
+from polydelta.engine.sequence import Schedule, ScheduledSequence, Sequence as TokenSequence
 from polydelta.kernels.ops import SequenceSlice
+from polydelta.kernels.upload import upload
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,31 @@ class Batch:
     sample_adapter_rows: Sequence[AdapterRows]
     # The sequences of `sample_rows`, in their order.
     sampling: Sequence[ScheduledSequence]
+    # Rows whose token is what the step before it samples for the sequence: below 0 in `tokens`.
+    unknown: Sequence[tuple[int, TokenSequence]]
+
+    @property
+    def decodes_only(self) -> bool:
+        """Whether each sequence has one row, which is sampled."""
+        one_each = len(self.tokens) == len(self.slices)
+        return one_each and len(self.scheduled) == len(self.sample_rows)
+
+    def padded(self, rows: int) -> Batch:
+        """With so many rows: those added belong to nobody, have no context and store nothing."""
+        missing = rows - len(self.tokens)
+        if not missing:
+            return self
+        empty = [SequenceSlice(row, 1, 0, ()) for row in range(len(self.tokens), rows)]
+        return replace(
+            self,
+            tokens=pad(self.tokens, (0, missing)),
+            positions=pad(self.positions, (0, missing)),
+            slots=pad(self.slots, (0, missing), value=-1),
+            slices=[*self.slices, *empty],
+        )
 
 
-def build_batch(schedule: Schedule, block_size: int) -> Batch:
+def build_batch(schedule: Schedule, block_size: int, device: torch.device = CPU) -> Batch:
     ordered = sorted(schedule, key=_adapter_names)
     sampling = [item for item in ordered if item.samples]
     tokens: list[int] = []
@@ -57,6 +83,7 @@ def build_batch(schedule: Schedule, block_size: int) -> Batch:
     slices: list[SequenceSlice] = []
     adapter_rows: list[AdapterRows] = []
     sample_rows: list[int] = []
+    unknown: list[tuple[int, TokenSequence]] = []
     for item in ordered:
         sequence, first = item.sequence, len(tokens)
         virtual = sequence.num_prefix_tokens
@@ -69,21 +96,27 @@ def build_batch(schedule: Schedule, block_size: int) -> Batch:
         adapter_rows.append(AdapterRows(acts_from, len(tokens), sequence.adapters))
         if item.samples:
             sample_rows.append(len(tokens) - 1)
+        if item.stop > sequence.num_known:
+            unknown.append((len(tokens) - 1, sequence))
+    each = (tokens, positions, slots, sample_rows)
+    on_device = upload([value for values in each for value in values], device)
+    tokens_, positions_, slots_, sample_rows_ = on_device.split([len(values) for values in each])
     return Batch(
         ordered,
-        torch.tensor(tokens),
-        torch.tensor(positions),
-        torch.tensor(slots),
+        tokens_,
+        positions_,
+        slots_,
         slices,
         _page_copies(ordered),
         _merged(adapter_rows),
-        torch.tensor(sample_rows, dtype=torch.int64),
+        sample_rows_,
         _merged(
             AdapterRows(row, row + 1, item.sequence.adapters)
             for row, item in enumerate(sampling)
             if item.num_before_activation < item.num_tokens
         ),
         sampling,
+        unknown,
     )
 
 

@@ -110,8 +110,8 @@ def _scaled(x: Tensor, scaling: Sequence[tuple[AdapterSegment, LinearDeltas]]) -
 
 
 def _norm(deltas: StepDeltas, layer: int, index: int, norm: Norm) -> Norm:
-    def wrapped(x: Tensor, weight: Tensor | None = None) -> Tensor:
-        y = norm(x, weight)
+    def wrapped(x: Tensor, weight: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        y = norm(x, weight, residual)
         for segment in deltas.norms:
             own = segment.adapter.norm(layer, index)
             if own is not None:
@@ -122,8 +122,8 @@ def _norm(deltas: StepDeltas, layer: int, index: int, norm: Norm) -> Norm:
 
 
 def _final_norm(deltas: StepDeltas, norm: Norm) -> Norm:
-    def wrapped(x: Tensor, weight: Tensor | None = None) -> Tensor:
-        y = norm(x, weight)
+    def wrapped(x: Tensor, weight: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        y = norm(x, weight, residual)
         for segment in deltas.final_norms:
             own = segment.adapter.final_norm
             if own is not None:

@@ -10,9 +10,10 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.errors import InUseError
@@ -27,7 +28,7 @@ from polydelta.engine.request import (
     RequestOutput,
 )
 from polydelta.engine.residency import AdapterPlace
-from polydelta.engine.runner import Runner
+from polydelta.engine.runner import LaunchedStep, Runner
 from polydelta.engine.scheduler import Scheduler
 from polydelta.engine.sequence import SampledToken, Schedule, Sequence
 from polydelta.engine.stats import EngineStats, StatsRecorder
@@ -39,6 +40,14 @@ Command = Callable[[], None]
 
 class EngineDeadError(RuntimeError):
     """The engine's loop has ended; it takes no more requests."""
+
+
+@dataclass(frozen=True, eq=False)
+class _StepUnderWay:
+    schedule: Schedule
+    step: LaunchedStep
+    # By time.perf_counter, when it began to be scheduled.
+    began: float
 
 
 class Engine:
@@ -81,6 +90,9 @@ class Engine:
         self._closed = False
         self._sequences: dict[str, Sequence] = {}
         self._texts: dict[Sequence, Detokenizer] = {}
+        # Steps that were launched and whose tokens are not known yet, oldest first.
+        self._under_way: deque[_StepUnderWay] = deque()
+        self._last_completed = 0.0
         self._thread = threading.Thread(target=self._loop, name="polydelta-engine", daemon=True)
 
     @property
@@ -173,20 +185,43 @@ class Engine:
             self._close()
 
     def _step(self) -> bool:
-        """One step; False when there was nothing to do."""
+        """One step; False when there was nothing to do.
+
+        Where the runner computes beside this thread, the next step is scheduled and launched before
+        the tokens of the last one are waited for.
+        """
         began = time.perf_counter()
         self._adapters.advance()
+        if self._scheduler.must_know_tokens():
+            self._complete_steps(0)
         schedule = self._scheduler.schedule()
         failures = self._scheduler.take_failures()
         for failure in failures:
             self._finish(failure.sequence, FinishReason.ERROR, failure.reason)
         if schedule:
-            tokens = self._runner.step(schedule, self._scheduler.bound_adapter)
-            self._scheduler.commit(schedule, tokens)
-            self._hand_out(schedule, tokens)
-            self._recorder.step(schedule, tokens, time.perf_counter() - began)
+            step = self._runner.launch(schedule, self._scheduler.bound_adapter)
+            self._scheduler.advance(schedule)
+            self._under_way.append(_StepUnderWay(schedule, step, began))
+        completed = self._complete_steps(self._runner.steps_ahead if schedule else 0)
         self._recorder.refresh(self._scheduler)
-        return bool(schedule or failures)
+        return bool(schedule or failures or completed)
+
+    def _complete_steps(self, left: int) -> bool:
+        """Waits for tokens until so many steps are under way; whether there was one to wait for."""
+        completed = len(self._under_way) > left
+        while len(self._under_way) > left:
+            done = self._under_way.popleft()
+            # Of those that have left since it was launched nobody wants another one.
+            tokens = [
+                None if item.sequence.has_left else token
+                for item, token in zip(done.schedule, done.step.wait(), strict=True)
+            ]
+            self._scheduler.commit(done.schedule, tokens)
+            self._hand_out(done.schedule, tokens)
+            now = time.perf_counter()
+            self._recorder.step(done.schedule, tokens, now - max(done.began, self._last_completed))
+            self._last_completed = now
+        return completed
 
     def _rest(self) -> None:
         """Nothing can run: waits for a command or for an adapter to be loaded."""
@@ -238,9 +273,9 @@ class Engine:
 
     def _hand_out(self, schedule: Schedule, tokens: list[SampledToken | None]) -> None:
         for scheduled, token in zip(schedule, tokens, strict=True):
+            sequence = scheduled.sequence
             if token is None:
                 continue
-            sequence = scheduled.sequence
             last = self._scheduler.is_full(sequence)
             step = self._texts[sequence].push(token.token_id, last)
             if step.finish_reason:

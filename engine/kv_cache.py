@@ -184,7 +184,7 @@ class KVCache:
 
     def _extend_hashes(self, sequence: Sequence, namespace: str) -> None:
         hashes = sequence.block_hashes
-        for block in range(len(hashes), self._full_blocks(sequence, sequence.num_tokens)):
+        for block in range(len(hashes), self._full_blocks(sequence, sequence.num_known)):
             start, stop = (self._tokens_in(sequence, count) for count in (block, block + 1))
             base = self._is_of_base(sequence, block)
             # Equal tokens are not enough where the adapter begins to act within the block: where

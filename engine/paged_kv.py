@@ -27,15 +27,24 @@ class PagedKV:
         block_size: int,
         dtype: torch.dtype,
         kernels: Kernels,
+        max_positions: int | None = None,
     ) -> None:
-        """storage: the pool, `[layers, pages, page_bytes]` uint8."""
+        """storage: the pool, `[layers, pages, page_bytes]` uint8. max_positions: tokens of the
+        longest sequence; None for as many as there are pages for."""
         shape = (2, block_size, config.num_kv_heads, config.head_dim)
         # For each layer: [pages, 2, block_size, kv_heads, head_dim]
         self._layers = [layer.view(dtype).unflatten(-1, shape) for layer in storage]
         self._windows = config.sliding_windows
+        positions = storage.shape[1] * block_size if max_positions is None else max_positions
+        max_pages = -(-positions // block_size)
         self._shapes = {
             window: AttentionShape(
-                config.num_heads, config.num_kv_heads, config.head_dim, block_size, window
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                block_size,
+                window,
+                max_pages,
             )
             for window in set(config.sliding_windows)
         }
@@ -44,6 +53,10 @@ class PagedKV:
         # Filled by `prepare`, for the step at hand.
         self._plans: Mapping[int | None, Any] = {}
         self._slots = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def device(self) -> torch.device:
+        return self._kernels.device
 
     def prepare(self, slots: Tensor, slices: Sequence[SequenceSlice]) -> None:
         """slots: `[tokens]` int64, where each row's KV goes; slices: whose rows they are."""

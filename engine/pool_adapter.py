@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polydelta.adapters_store.packed import PackedAdapter, PackedLayer
 from polydelta.adapters_store.packed_deltas import FINAL_NORM_INDEX, PackedInputScale, PackedNorm
+from polydelta.engine.adapter_places import LINEARS_PER_LAYER, adapter_places
 from polydelta.engine.linear_deltas import LayerDeltas, LinearDeltas, bind_layer
 from polydelta.engine.token_deltas import (
     EmbeddingDeltas,
@@ -18,10 +19,7 @@ from polydelta.engine.token_deltas import (
     changes_tokens,
 )
 from polydelta.kernels.delta_groups import AdapterSites, SiteDeltas
-from polydelta.kernels.ops import Kernels
-
-# Fused linear layers of a decoder layer: `BaseLayout.linears`.
-LINEARS_PER_LAYER = 4
+from polydelta.kernels.ops import Kernels, PagedKernels
 
 
 def linear_site(layer: int, index: int) -> int:
@@ -33,7 +31,8 @@ class PoolAdapter:
     """An adapter whose packed bytes lie in pages of the pool.
 
     Where the pages are one run, kernels get views of the pool, made once. Where they are not, the
-    layer at hand is read through the page table when a step comes to it.
+    layer at hand is copied together when a step comes to it, but for kernels that read through page
+    tables.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class PoolAdapter:
         self._kernels = kernels
         self._dtype = packed.dtype
         self._storage = storage
-        self._pages = torch.tensor(pages, dtype=torch.int64)
+        self._pages = torch.tensor(pages, dtype=torch.int64).to(storage.device)
         # What lies in each layer, without the host's copy of the bytes.
         self._deltas = [layer.deltas for layer in packed.layers]
         # What is bound. Of scattered pages: the layer at hand, and tokens never.
@@ -55,8 +54,7 @@ class PoolAdapter:
         self.changes_norms = any(isinstance(delta, PackedNorm) for delta in each)
         self._first = pages[0] if pages else 0
         self._in_one_run = list(pages) == list(range(self._first, self._first + len(pages)))
-        for layer, content in enumerate(packed.layers):
-            self._write(layer, content.data, pages)
+        kernels.write_pages(storage, pages, [layer.data for layer in packed.layers])
         if self._in_one_run:
             self._layers = {layer: self._bind(layer) for layer in range(len(packed.layers))}
             self._tokens = self._of_tokens()
@@ -65,6 +63,9 @@ class PoolAdapter:
         if self._in_one_run:
             count = linear_site(len(packed.layers), 0)
             self.sites = kernels.bind_sites([self.sites[site] for site in range(count)])
+        if isinstance(kernels, PagedKernels):
+            places = adapter_places(self._deltas, packed.dtype, storage, pages)
+            self.sites = kernels.bind_pages(places, self.sites)
 
     def linear(self, layer: int, index: int) -> LinearDeltas | None:
         """What it does to one linear layer, by its index in `BaseLayout.linears`."""
@@ -85,15 +86,6 @@ class PoolAdapter:
     @property
     def head(self) -> HeadDeltas | None:
         return self._of_tokens().head
-
-    def _write(self, layer: int, data: Tensor, pages: Sequence[int]) -> None:
-        if self._in_one_run:
-            # One copy: page by page, rank 64 on the default model takes 16 ms instead of 2.4.
-            self._data(layer)[: len(data)] = data
-            return
-        parts = data.split(self._storage.shape[-1])
-        for part, page in zip(parts, pages, strict=False):
-            self._storage[layer, page, : len(part)] = part
 
     def _data(self, layer: int) -> Tensor:
         """The layer's bytes: a view of the pool, or a copy where the pages are scattered."""

@@ -10,6 +10,7 @@ from polydelta.adapters_store.packed import PackedPrefix
 from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.paged_kv import PagedKV
 from polydelta.kernels.ops import SequenceSlice
+from polydelta.kernels.upload import upload
 
 
 def fill_prefix(
@@ -18,11 +19,13 @@ def fill_prefix(
     """Keys and values are stored as they are; those of embeddings are computed by the bare base,
     whose deltas the caller has switched off (PEFT's prompt tuning, arXiv:2104.08691)."""
     places = range(prefix.num_tokens)
-    slots = torch.tensor([pages[p // block_size] * block_size + p % block_size for p in places])
+    device = kv.device
+    slots = upload([pages[p // block_size] * block_size + p % block_size for p in places], device)
+    prepared = prefix.values.to(device)
     if prefix.embedded:
         whole = SequenceSlice(0, len(places), len(places), pages)
         kv.prepare(slots, [whole])
-        decoder.forward_embedded(prefix.values, torch.arange(len(places)), kv)
+        decoder.forward_embedded(prepared, torch.arange(len(places), device=device), kv)
         return
-    for layer, (keys, values) in enumerate(prefix.values):
+    for layer, (keys, values) in enumerate(prepared):
         kv.store(layer, keys, values, slots)

@@ -17,8 +17,6 @@ from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.paged_kv import PagedKV
 from polydelta.kernels.ops import Kernels, RecordedStep
 
-# More rows keep the cores busy enough.
-MOST_ROWS = 64
 # Kept at a time; the one that was not used for the longest goes.
 MOST_RECORDINGS = 48
 
@@ -38,12 +36,23 @@ class RecordedSteps:
         # None where a step of the shape cannot be recorded.
         self._recordings: OrderedDict[Shape, RecordedStep | None] = OrderedDict()
 
+    def padded(self, batch: Batch) -> Batch:
+        """The batch with as many rows as it is recorded with, where it may be recorded."""
+        rows = self._kernels.recorded_rows(len(batch.tokens)) if batch.decodes_only else None
+        return batch if rows is None else batch.padded(rows)
+
     def compute(self, batch: Batch) -> Tensor | None:
-        """Logits `[rows, vocab]` of a step that is prepared; None where it is not one that can be
-        recorded."""
+        """Logits `[samples, vocab]` of a step that is `padded` and prepared; None where it is not
+        one that can be recorded. The next step overwrites them."""
+        logits = self._compute(batch)
+        return None if logits is None else logits[: len(batch.sample_rows)]
+
+    def _compute(self, batch: Batch) -> Tensor | None:
+        """Of all rows, those that were added too."""
         rows = len(batch.tokens)
-        one_each = rows == len(batch.scheduled) == len(batch.sample_rows)
-        if not one_each or rows > MOST_ROWS or not self._deltas.only_outputs:
+        if not batch.decodes_only or self._kernels.recorded_rows(rows) != rows:
+            return None
+        if not self._deltas.only_outputs:
             return None
         group = self._deltas.group
         if group is not None and not group.recordable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,9 +21,27 @@ from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
 from polydelta.engine.pool_adapter import PoolAdapter
 from polydelta.engine.prefix_kv import fill_prefix
 from polydelta.engine.recorded_steps import RecordedSteps
-from polydelta.engine.sampler import Sampler
+from polydelta.engine.sampler import SampledTokens, Sampler
 from polydelta.engine.sequence import SampledToken, Schedule, Sequence as TokenSequence
 from polydelta.kernels.ops import Kernels
+from polydelta.kernels.upload import upload
+
+
+class LaunchedStep:
+    """A step under way."""
+
+    def __init__(
+        self, schedule: Schedule, sampling: Sequence[TokenSequence], sampled: SampledTokens
+    ) -> None:
+        """sampling: the sequences that a token is sampled for."""
+        self._schedule = schedule
+        self._sampling = sampling
+        self._sampled = sampled
+
+    def wait(self) -> list[SampledToken | None]:
+        """The sampled token of each scheduled sequence, where one is due."""
+        by_sequence = dict(zip(self._sampling, self._sampled.wait(), strict=True))
+        return [by_sequence.get(item.sequence) for item in self._schedule]
 
 
 class Runner:
@@ -37,9 +56,13 @@ class Runner:
         dtype: torch.dtype,
         host: HostStore,
         fuse_after: int | None = None,
+        max_positions: int | None = None,
+        steps_ahead: int = 0,
     ) -> None:
         """host: has the bytes of adapters that are to be fused. fuse_after: steps with one adapter
-        alone before it goes into the base weights; None keeps all adapters unmerged."""
+        alone before it goes into the base weights; None keeps all adapters unmerged. max_positions:
+        tokens of the longest sequence. steps_ahead: 1 where a step may be launched before the
+        tokens of the one before it are known, else 0."""
         config = decoder.config
         self._decoder = decoder
         self._kernels = kernels
@@ -47,7 +70,7 @@ class Runner:
         page_bytes = kv_page_bytes(config, block_size, dtype)
         # [layers, pages, page_bytes]
         self._storage = kernels.zeros(config.num_layers, num_pages, page_bytes)
-        self._kv = PagedKV(self._storage, config, block_size, dtype, kernels)
+        self._kv = PagedKV(self._storage, config, block_size, dtype, kernels, max_positions)
         self._deltas = StepDeltas(kernels)
         self._host = host
         self._fusion = self._policy = None
@@ -59,6 +82,10 @@ class Runner:
         self._was_fused: AdapterRef | None = None
         self._recorded = RecordedSteps(decoder, self._kv, self._deltas, kernels)
         self._sampler = Sampler(config.vocab_size, kernels)
+        self.steps_ahead = steps_ahead
+        # What the last step has sampled, and the place of each sequence in it.
+        self._last_tokens = torch.empty(0, dtype=torch.int64, device=kernels.device)
+        self._last_places: dict[TokenSequence, int] = {}
 
     def enter_thread(self) -> None:
         """To be called by the thread that runs the steps, before its first."""
@@ -79,17 +106,28 @@ class Runner:
         return PoolAdapter(packed, self._storage, pages[:count], self._kernels)
 
     @torch.inference_mode()
-    def step(
+    def launch(
         self, schedule: Schedule, bound: Callable[[AdapterRef], PoolAdapter]
-    ) -> list[SampledToken | None]:
-        """Computes a step; the sampled token of each scheduled sequence, where one is due."""
-        batch = build_batch(schedule, self._block_size)
-        logits = self._logits(batch, bound)
-        chosen = self._sampler.sample(logits, [item.sequence for item in batch.sampling])
-        by_sequence = {
-            item.sequence: token for item, token in zip(batch.sampling, chosen, strict=True)
-        }
-        return [by_sequence.get(item.sequence) for item in schedule]
+    ) -> LaunchedStep:
+        """Begins to compute a step; may return before it is done."""
+        batch = build_batch(schedule, self._block_size, self._kernels.device)
+        if batch.unknown:
+            batch = self._with_last_tokens(batch)
+        logits = self._logits(self._recorded.padded(batch), bound)
+        sequences = [item.sequence for item in batch.sampling]
+        sampled = self._sampler.sample(logits, sequences)
+        self._last_tokens = sampled.tokens
+        self._last_places = {sequence: place for place, sequence in enumerate(sequences)}
+        return LaunchedStep(schedule, sequences, sampled)
+
+    def _with_last_tokens(self, batch: Batch) -> Batch:
+        """Tokens that the last step samples, taken from where it puts them."""
+        rows = [row for row, _ in batch.unknown]
+        places = [self._last_places[sequence] for _, sequence in batch.unknown]
+        device = self._kernels.device
+        rows_on_device, places_on_device = upload([*rows, *places], device).chunk(2)
+        chosen = self._last_tokens.index_select(0, places_on_device)
+        return replace(batch, tokens=batch.tokens.index_copy(0, rows_on_device, chosen))
 
     def forget(self, sequence: TokenSequence) -> None:
         """Drops what the sampler kept for a sequence that has left."""

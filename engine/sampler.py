@@ -17,6 +17,18 @@ _LOWEST_TEMPERATURE = 1e-6
 _NUCLEUS_GUESS = 256
 
 
+class SampledTokens:
+    """What was sampled in a step."""
+
+    def __init__(self, tokens: Tensor, sampled: list[SampledToken]) -> None:
+        # [rows] int64
+        self.tokens = tokens
+        self._sampled = sampled
+
+    def wait(self) -> list[SampledToken]:
+        return self._sampled
+
+
 class Sampler:
     """Greedy or random, row by row; rows do not see each other.
 
@@ -29,10 +41,10 @@ class Sampler:
         self._kernels = kernels
         self._streams: dict[Sequence, torch.Generator] = {}
 
-    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> list[SampledToken]:
+    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> SampledTokens:
         """logits: `[sequences, vocab]` float32, changed in place."""
         if not sequences:
-            return []
+            return SampledTokens(torch.empty(0, dtype=torch.int64), [])
         for row, sequence in zip(logits, sequences, strict=True):
             self._adjust(row, sequence)
         likeliest: list[int] = self._kernels.argmax(logits).tolist()
@@ -41,7 +53,7 @@ class Sampler:
             params = sequence.request.sampling
             token = best if params.greedy else self._draw(row, sequence)
             tokens.append(SampledToken(token, _logprob(row, token, params)))
-        return tokens
+        return SampledTokens(torch.tensor([t.token_id for t in tokens]), tokens)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence is done: its random stream ends."""

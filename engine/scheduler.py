@@ -5,6 +5,10 @@ computed yet, and a step computes some of them under a budget. Running sequences
 that decode before those that prefill; then waiting ones enter, in the order of their arrival, but
 for those whose adapters are still being loaded. Out of pages, the sequence that was admitted last
 is preempted, and recomputed later from what the prefix cache still has of it.
+
+A step may be scheduled while the one before it is under way: `advance` notes that a step was
+launched, `commit` what it sampled. Whether a sequence has ended is known one step late then: a step
+may compute some that have left.
 """
 
 from __future__ import annotations
@@ -70,6 +74,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and gives its pages back."""
+        sequence.has_left = True
         if sequence in self.running:
             self.running.remove(sequence)
             self._release(sequence)
@@ -99,8 +104,8 @@ class Scheduler:
         for sequence in self._decodes_first():
             if budget == 0:
                 break
-            if sequence not in self.running:
-                continue  # preempted by one before it
+            if sequence not in self.running or self._awaits_last(sequence):
+                continue  # preempted by one before it, or done with the step under way
             count = min(sequence.num_uncomputed, budget)
             budget += self._make_room(sequence, count, shares)
             if sequence in self.running:
@@ -115,18 +120,33 @@ class Scheduler:
             self._admit_waiting(budget, shares)
         return [ScheduledSequence(sequence, count) for sequence, count in shares.items()]
 
+    def advance(self, schedule: Schedule) -> None:
+        """Takes note that a step was launched."""
+        for scheduled in schedule:
+            scheduled.sequence.num_computed += scheduled.num_tokens
+            if scheduled.samples:
+                scheduled.sequence.expect_token()
+
     def commit(self, schedule: Schedule, sampled: Seq[SampledToken | None]) -> None:
-        """Takes note that a step was computed; `sampled` has a token where one was due."""
+        """Takes note of what the oldest step under way has sampled, where a token was due."""
         for scheduled, token in zip(schedule, sampled, strict=True):
             sequence = scheduled.sequence
-            sequence.num_computed += scheduled.num_tokens
-            self._kv.publish(sequence, self._namespace(sequence))
+            if sequence.has_left:
+                continue
             if token is not None:
-                sequence.token_ids.append(token.token_id)
+                sequence.learn_token(token.token_id)
+            # One that was preempted meanwhile has no pages.
+            if sequence.block_table:
+                self._kv.publish(sequence, self._namespace(sequence))
+
+    def must_know_tokens(self) -> bool:
+        """Whether the next step can only be computed when all tokens are known: penalties count
+        them."""
+        return any(s.num_unknown and s.request.sampling.penalised for s in self.running)
 
     def is_full(self, sequence: Sequence) -> bool:
-        """Whether the context window has no place for one more token."""
-        return sequence.num_prefix_tokens + sequence.num_tokens >= self._limits.max_positions
+        """Whether the context window has no place for one more token than those that are known."""
+        return sequence.num_prefix_tokens + sequence.num_known >= self._limits.max_positions
 
     def bound_adapter(self, ref: AdapterRef) -> Any:
         """The resident adapter of a scheduled sequence."""
@@ -139,6 +159,13 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises RuntimeError unless the pool's books balance."""
         self._pool.check_integrity([*self._kv.used_pages(), *self._residency.used_pages()])
+
+    def _awaits_last(self, sequence: Sequence) -> bool:
+        """Whether the token that is on its way will be the sequence's last."""
+        if not sequence.num_unknown:
+            return False
+        full = sequence.num_prefix_tokens + sequence.num_tokens >= self._limits.max_positions
+        return full or sequence.num_output_tokens >= sequence.request.sampling.max_tokens
 
     def _decodes_first(self) -> list[Sequence]:
         return sorted(self.running, key=lambda sequence: sequence.num_uncomputed > 1)
@@ -190,7 +217,9 @@ class Scheduler:
             full = len(self.running) == self._limits.max_batch_size
             if budget == 0 or full or skipped == self._limits.max_batch_size:
                 break
-            if not self._adapters_ready(sequence) or not self._can_ever_run(sequence):
+            # One that was preempted waits for what a step under way has sampled for it.
+            ready = not sequence.num_unknown and self._adapters_ready(sequence)
+            if not ready or not self._can_ever_run(sequence):
                 skipped += sequence in self.waiting  # one that failed has left
                 continue
             prefix = self._kv.find_prefix(sequence, self._namespace(sequence))
@@ -252,6 +281,7 @@ class Scheduler:
         )
 
     def _fail(self, sequence: Sequence, reason: str) -> None:
+        sequence.has_left = True
         self._leave_queue(sequence)
         self._failures.append(Failure(sequence, reason))
 

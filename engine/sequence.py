@@ -13,6 +13,8 @@ from polydelta.engine.request import GenerationRequest, OutputHandler, TokenLogp
 
 # The activation of adapters that act on no token of a sequence.
 NEVER = sys.maxsize
+# In the place of a token that a step under way will sample.
+UNKNOWN_TOKEN = -1
 
 
 class Sequence:
@@ -21,8 +23,12 @@ class Sequence:
     def __init__(self, request: GenerationRequest, on_output: OutputHandler) -> None:
         self.request = request
         self.on_output = on_output
-        # Prompt, then output.
+        # Prompt, then output; the last ones may be UNKNOWN_TOKEN.
         self.token_ids: list[int] = list(request.prompt_token_ids)
+        # Tokens that steps under way will sample.
+        self.num_unknown = 0
+        # Whether it has left the scheduler for good; a step under way may still compute it.
+        self.has_left = False
         self.num_prompt_tokens = len(self.token_ids)
         # Whether `learn` was told what its adapters do.
         self.knows_traits = False
@@ -79,6 +85,20 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def num_known(self) -> int:
+        return len(self.token_ids) - self.num_unknown
+
+    def expect_token(self) -> None:
+        """A step under way will sample the next one."""
+        self.token_ids.append(UNKNOWN_TOKEN)
+        self.num_unknown += 1
+
+    def learn_token(self, token_id: int) -> None:
+        """The first one that is unknown."""
+        self.token_ids[self.num_known] = token_id
+        self.num_unknown -= 1
+
+    @property
     def num_uncomputed(self) -> int:
         """1 while decoding, more while there is something to prefill."""
         return len(self.token_ids) - self.num_computed
@@ -92,32 +112,26 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
 
-@dataclass(frozen=True, eq=False)
 class ScheduledSequence:
-    """One sequence's share of a step: its next `num_tokens` uncomputed tokens."""
+    """One sequence's share of a step: its next `num_tokens` uncomputed tokens, as of the time when
+    the step was scheduled."""
 
-    sequence: Sequence
-    num_tokens: int
-
-    @property
-    def start(self) -> int:
-        """Index of the first of them."""
-        return self.sequence.num_computed
-
-    @property
-    def stop(self) -> int:
-        """Index after the last of them."""
-        return self.start + self.num_tokens
+    def __init__(self, sequence: Sequence, num_tokens: int) -> None:
+        self.sequence = sequence
+        self.num_tokens = num_tokens
+        # Index of the first of them, and the one after the last.
+        self.start = sequence.num_computed
+        self.stop = self.start + num_tokens
+        # Whether the step reaches the sequence's last token, so that a new one follows.
+        self.samples = self.stop == sequence.num_tokens
+        # Whether the sequence had no answer yet: not a decode, nor the recomputation of one that
+        # was preempted.
+        self.is_prefill = not sequence.num_output_tokens
 
     @property
     def num_before_activation(self) -> int:
         """How many of them, the first ones, its adapters do not act on."""
         return min(self.num_tokens, max(0, self.sequence.activation - self.start))
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's last token, so that a new one follows."""
-        return self.num_tokens == self.sequence.num_uncomputed
 
 
 @dataclass(frozen=True)

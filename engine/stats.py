@@ -77,12 +77,7 @@ class StatsRecorder:
         """Takes note of a step that was computed and committed."""
         computed = sum(item.num_tokens for item in schedule)
         self._generation_tokens += sum(token is not None for token in tokens)
-        self._prompt_tokens += sum(
-            item.num_tokens
-            for item, token in zip(schedule, tokens, strict=True)
-            # Not a decode, nor the recomputation of one that was preempted.
-            if item.sequence.num_output_tokens == (token is not None)
-        )
+        self._prompt_tokens += sum(item.num_tokens for item in schedule if item.is_prefill)
         if computed > 2 * len(schedule):  # mostly prefill
             self._costs.observe_prefill(computed, seconds)
 

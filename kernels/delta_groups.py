@@ -7,10 +7,13 @@ the rows that want it; a backend may do that for all adapters of a step in one c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from polydelta.kernels.delta_weights import AddWeights, ChangeWeights
 
 # x: [tokens, in] -> [tokens, out]
 Linear = Callable[[Tensor], Tensor]
@@ -65,13 +68,43 @@ class AdapterSites(Protocol):
     def __getitem__(self, site: int, /) -> SiteDeltas | None: ...
 
 
+@dataclass(eq=False)
+class SitePlaces:
+    """Where an adapter's deltas at one site lie among its bytes, in the order in which they are
+    applied: the tensors are on torch's `meta` device, and their storage begins where the bytes of
+    the site's decoder layer do."""
+
+    layer: int
+    changes: list[ChangeWeights] = field(default_factory=list)
+    adds: list[AddWeights] = field(default_factory=list)
+    biases: list[OutputBias] = field(default_factory=list)
+
+    def in_layer(self, layer: int) -> SitePlaces:
+        """The same places among the bytes of another decoder layer."""
+        return replace(self, layer=layer)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterPlaces:
+    """An adapter in pages of the pool, which may lie anywhere."""
+
+    # The pool: [layers, pages, page_bytes] uint8
+    storage: Tensor
+    # A layer's bytes are cut over these pages of that layer, in this order.
+    pages: Sequence[int]
+    # By site.
+    sites: Sequence[SitePlaces | None]
+    # Of matrices and sparse values.
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True, eq=False)
 class DeltaSegment:
     """Rows of a step, start : stop, that an adapter acts on."""
 
     start: int
     stop: int
-    # As `Kernels.bind_sites` returns it, or any other.
+    # As `bind_sites` or `bind_pages` returns it, or any other.
     sites: AdapterSites
     weight: float = 1.0
 

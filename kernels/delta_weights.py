@@ -8,7 +8,58 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+# Columns of a row of a quantised matrix that share a scale.
+GROUP = 32
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedMatrix:
+    """`[rows, columns]` of `scale * code`, in 8 or 4 bits.
+
+    Each GROUP of columns of a row has a scale of its own; the last group may be narrower.
+    """
+
+    # 8 bits: [rows, columns] int8, -127 to 127. 4 bits: [rows, columns / 2 rounded up] uint8, with
+    # the code of column 2 i, plus 8, in the lower half of byte i, and that of 2 i + 1 in the upper
+    codes: Tensor
+    # [rows, groups] float16
+    scales: Tensor
+    columns: int
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.codes.dtype == torch.int8 else 4
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.codes), self.columns
+
+    def narrow_rows(self, start: int, count: int) -> QuantizedMatrix:
+        """A view of some rows."""
+        codes, scales = (each.narrow(0, start, count) for each in (self.codes, self.scales))
+        return QuantizedMatrix(codes, scales, self.columns)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """`[rows, columns]` of dtype; each number is rounded once."""
+        codes = self.codes
+        if self.bits == 4:
+            codes = (
+                torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, : self.columns].int() - 8
+            )
+        scales = self.scales.float().repeat_interleave(GROUP, 1)[:, : self.columns]
+        return (codes * scales).to(dtype)
+
+
+# A matrix that kernels read in place.
+Matrix = Tensor | QuantizedMatrix
+
+
+def dense(matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    """`[rows, columns]`: a plain matrix as it is, a quantised one in dtype."""
+    return matrix.dequantized(dtype) if isinstance(matrix, QuantizedMatrix) else matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +71,7 @@ class LowRankBlock:
     # Rows of `a` that it reads: rank_start : rank_start + rank.
     rank_start: int
     # [rank, out_features]; B transposed, the scale folded in.
-    b_t: Tensor
+    b_t: Matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +79,7 @@ class LowRankWeights:
     """`y += x @ A.T @ B.T`."""
 
     # [sum of ranks, in]
-    a: Tensor
+    a: Matrix
     blocks: tuple[LowRankBlock, ...]
 
 

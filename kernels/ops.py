@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from polydelta.kernels.delta_groups import (
+    AdapterPlaces,
     AdapterSites,
     AddDelta,
     ChangeOutput,
@@ -55,6 +56,8 @@ class AttentionShape:
     block_size: int
     # How many tokens back a query sees, itself included; None sees all.
     window: int | None = None
+    # Of the longest sequence that there will be; None where nobody says.
+    max_pages: int | None = None
 
 
 class FusedDelta(Protocol):
@@ -96,6 +99,9 @@ class RecordedStep(Protocol):
 class Kernels(Protocol):
     """One device's versions of every operation; for one thread at a time."""
 
+    # Where the tensors are that it takes and gives.
+    device: torch.device
+
     def enter_thread(self) -> None:
         """To be called by the thread that runs the steps, before its first."""
 
@@ -121,6 +127,9 @@ class Kernels(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x: `[..., hidden]`, weight: `[hidden]` (arXiv:1910.07467)."""
 
+    def add_rms_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x + y, in the place of x, and the norm of that: `[tokens, size]` each, dense."""
+
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary embedding of x `[tokens, heads, head_dim]`, perhaps in its place; cos, sin:
         `[tokens, head_dim]`, as `rope_tables` makes them."""
@@ -132,7 +141,8 @@ class Kernels(Protocol):
         """Writes keys and values `[tokens, kv_heads, head_dim]` into one layer of the pool.
 
         kv: `[pages, 2, block_size, kv_heads, head_dim]`, keys at 0 and values at 1 of the second
-        axis; slots: `[tokens]` int64, page * block_size + place in the page.
+        axis; slots: `[tokens]` int64, page * block_size + place in the page; one below 0, which a
+        backend with `recorded_rows` must know, is stored nowhere.
         """
 
     def plan_attention(
@@ -157,6 +167,17 @@ class Kernels(Protocol):
         """The adapters of a step. Segments with the same rows are a sum; all others have none in
         common."""
 
+    def recorded_rows(self, rows: int) -> int | None:
+        """How many rows a decode step of so many is to be recorded with: those that are missing are
+        added, with slots below 0 and no context. None: it is better not recorded."""
+
+    def write_pages(self, storage: Tensor, pages: Sequence[int], layers: Sequence[Tensor]) -> None:
+        """Copies an adapter's bytes from host memory into pages of the pool.
+
+        storage: `[layers, pages, page_bytes]` uint8; layers: `[nbytes]` uint8 each, cut over these
+        pages of their layer. May return before it is done: what is computed later waits for it.
+        """
+
     def record(
         self, inputs: Sequence[Any], run: Callable[[], Tensor]
     ) -> tuple[Tensor, RecordedStep | None]:
@@ -165,6 +186,15 @@ class Kernels(Protocol):
         inputs: tensors, attention plans and delta groups that `run` works with. Those of a replay
         have the same shapes, and take the place of these. `run` may be called twice.
         """
+
+
+@runtime_checkable
+class PagedKernels(Kernels, Protocol):
+    """Kernels that read adapters through page tables, wherever their pages lie."""
+
+    def bind_pages(self, places: AdapterPlaces, others: AdapterSites) -> AdapterSites:
+        """An adapter ready to be grouped with others. others: the same deltas as views of the pool
+        or copies, for kinds that are not read through page tables."""
 
 
 @runtime_checkable
@@ -185,6 +215,6 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
         from polydelta.kernels.cpu.choice import cpu_kernels
 
         return cpu_kernels(dtype)
-    from polydelta.kernels.reference import ReferenceKernels
+    from polydelta.kernels.triton.kernels import TritonKernels
 
-    return ReferenceKernels()
+    return TritonKernels(device)

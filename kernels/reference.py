@@ -27,8 +27,11 @@ from polydelta.kernels.delta_weights import (
 )
 from polydelta.kernels.fusing import FusableWeight, FusedWeight, with_deltas
 from polydelta.kernels.ops import AttentionShape, SequenceSlice
+from polydelta.kernels.page_writing import write_pages
 from polydelta.kernels.quantized_weight import QuantizedWeight
 from polydelta.kernels.reference_deltas import add_delta, change_output
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +57,14 @@ class DenseLinear(FusableWeight):
 class ReferenceKernels:
     """The truth that faster kernels are tested against; runs on any device."""
 
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
+
     def enter_thread(self) -> None:
         pass
 
     def zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.uint8)
+        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> DenseLinear:
         return DenseLinear(weight, bias)
@@ -87,6 +93,9 @@ class ReferenceKernels:
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return normed.to(x.dtype) * weight
+
+    def add_rms_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self.rms_norm(self.add(x, y), weight, eps)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = x.chunk(2, -1)
@@ -138,6 +147,12 @@ class ReferenceKernels:
 
     def group_deltas(self, segments: Sequence[DeltaSegment]) -> SegmentLoop:
         return SegmentLoop(segments)
+
+    def recorded_rows(self, rows: int) -> int | None:  # noqa: ARG002 - nothing is recorded here
+        return None
+
+    def write_pages(self, storage: Tensor, pages: Sequence[int], layers: Sequence[Tensor]) -> None:
+        write_pages(storage, pages, layers)
 
     def record(self, inputs: Sequence[Any], run: Callable[[], Tensor]) -> tuple[Tensor, None]:  # noqa: ARG002
         return run(), None

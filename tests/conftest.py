@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ from polydelta.engine.models.hf_folder import HfFolder
 from polydelta.engine.models.tokenizer import Tokenizer
 from polydelta.engine.request import FinishReason, GenerationRequest, RequestOutput
 from polydelta.kernels.ops import kernels_for
+
+# Before anybody imports kernels that are written in Triton: where there is no GPU, its interpreter
+# runs them on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -36,7 +36,6 @@ class DecoderLayer:
     def __init__(self, config: ModelConfig, layer: int, weights: Weights, kernels: Kernels):
         prefix, size, eps = f"model.layers.{layer}", config.hidden_size, config.rms_norm_eps
         linears = fused_linears(config)
-        self.kernels = kernels
         self.attention_norm: Norm = RMSNorm(
             f"{prefix}.input_layernorm", size, eps, weights, kernels
         )
@@ -46,10 +45,19 @@ class DecoderLayer:
         )
         self.mlp = MLP(layer, linears[2:], weights, kernels)
 
-    def __call__(self, hidden: Tensor, rotation: Rotation, cache: PagedAttention) -> Tensor:
-        attended = self.attention(self.attention_norm(hidden), rotation, cache)
-        hidden = self.kernels.add(attended, hidden)
-        return self.kernels.add(self.mlp(self.mlp_norm(hidden)), hidden)
+    def __call__(
+        self, hidden: Tensor, update: Tensor | None, rotation: Rotation, cache: PagedAttention
+    ) -> tuple[Tensor, Tensor]:
+        """hidden: `[tokens, hidden]`; update: like it, what the layer before adds to it; None in
+        the first layer. Returns both for the next: sums are left to the norms that read them."""
+        if update is None:
+            normed = self.attention_norm(hidden)
+        else:
+            normed = self.attention_norm(update, residual=hidden)
+            hidden = update
+        attended = self.attention(normed, rotation, cache)
+        normed = self.mlp_norm(attended, residual=hidden)
+        return attended, self.mlp(normed)
 
     def wrap_linears(self, wrap: Callable[[int, Linear], Linear]) -> None:
         """Puts `wrap(index, linear)` in the place of each linear layer, the index being the one
@@ -105,7 +113,8 @@ class Decoder:
             self.lm_head = kernels.head(embedding)
         else:
             self.lm_head = kernels.head(weights.take(head_name, embedding_shape))
-        self.cos, self.sin = rope_tables(config.rope, config.head_dim, max_positions, dtype)
+        tables = rope_tables(config.rope, config.head_dim, max_positions, dtype)
+        self.cos, self.sin = (table.to(kernels.device) for table in tables)
         weights.finish()
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, cache: PagedAttention) -> Tensor:
@@ -116,9 +125,10 @@ class Decoder:
         """hidden: `[tokens, hidden]`, embeddings -> the same shape, before the last norm."""
         gather = self.kernels.gather
         rotation = Rotation(gather(self.cos, positions), gather(self.sin, positions))
+        update = None
         for layer in self.layers:
-            hidden = layer(hidden, rotation, cache)
-        return hidden
+            hidden, update = layer(hidden, update, rotation, cache)
+        return hidden if update is None else self.kernels.add(update, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[rows, hidden]` -> `[rows, vocab]`, float32."""

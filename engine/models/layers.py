@@ -36,8 +36,11 @@ class Rotation:
 
 
 class Norm(Protocol):
-    def __call__(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """x: `[..., size]`; weight: `[size]`, in the place of its own."""
+    def __call__(
+        self, x: Tensor, weight: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """x: `[..., size]`; weight: `[size]`, in the place of its own; residual: like x, added to
+        it in its place first."""
 
 
 def norm_parts(config: ModelConfig) -> tuple[NormPart, ...]:
@@ -118,9 +121,14 @@ class RMSNorm:
         self.eps = eps
         self.kernels = kernels
 
-    def __call__(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """weight: in the place of its own."""
-        return self.kernels.rms_norm(x, self.weight if weight is None else weight, self.eps)
+    def __call__(
+        self, x: Tensor, weight: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """As `Norm` says."""
+        weight = self.weight if weight is None else weight
+        if residual is None:
+            return self.kernels.rms_norm(x, weight, self.eps)
+        return self.kernels.add_rms_norm(x, residual, weight, self.eps)
 
 
 class Attention:

@@ -11,6 +11,8 @@ from torch import Tensor
 from polydelta.engine.models.errors import ModelError
 from polydelta.kernels.quantized_weight import QuantizedWeight, quantize
 
+CPU = torch.device("cpu")
+
 
 class TensorSource(Protocol):
     """A checkpoint's tensors, read one at a time."""
@@ -39,9 +41,12 @@ class Weights:
         dtype: torch.dtype,
         report: Callable[[int, int], None],
         bits: int | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        """bits: those of a weight of a linear layer, 4 or 8; None for the dtype's."""
+        """bits: those of a weight of a linear layer, 4 or 8; None for the dtype's. device: where
+        tensors are handed out; quantised ones always in host memory."""
         self.bits = bits
+        self._device = device
         self._source = source
         self._dtype = dtype
         self._report = report
@@ -54,7 +59,7 @@ class Weights:
         self._require(name)
         tensor = self._source.read(name)
         self._give(name, tuple(tensor.shape), shape)
-        return tensor.to(self._dtype)
+        return tensor.to(self._device, self._dtype)
 
     def take_quantized(self, name: str, shape: tuple[int, int], bits: int) -> QuantizedWeight:
         """The matrix with at most so many bits: its file's own codes, or the nearest there are.

@@ -33,6 +33,9 @@ from polydelta.kernels.quantized_weight import QuantizedWeight
 # As in attention.c: rows of scores that are computed together, and the widest head.
 MOST_SCORES, MOST_HEAD_DIM = 64, 256
 
+# More rows keep the cores busy enough.
+MOST_RECORDED = 64
+
 
 @dataclass(frozen=True, eq=False)
 class NativePlan:
@@ -187,6 +190,9 @@ class Bfloat16Kernels(CpuKernels):
 
     def group_deltas(self, segments: Sequence[DeltaSegment]) -> DeltaGroup:
         return group(self._pool, segments)
+
+    def recorded_rows(self, rows: int) -> int | None:
+        return rows if rows <= MOST_RECORDED else None
 
     def record(
         self, inputs: Sequence[Any], run: Callable[[], Tensor]

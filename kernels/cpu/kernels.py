@@ -25,12 +25,15 @@ from polydelta.kernels.delta_groups import (
 )
 from polydelta.kernels.delta_weights import AddWeights, ChangeWeights
 from polydelta.kernels.ops import AttentionShape, FusableLinear, RecordedStep, SequenceSlice
-from polydelta.kernels.reference import DenseLinear
+from polydelta.kernels.page_writing import write_pages
+from polydelta.kernels.reference import CPU, DenseLinear
 
 
 class CpuKernels:
     """oneDNN products on packed weights, torch's flash attention over gathered pages, and a kernel
     of our own for small deltas where there is a C compiler."""
+
+    device = CPU
 
     def __init__(self, library: NativeLibrary | None = None) -> None:
         """library: loaded if it is not given."""
@@ -62,6 +65,9 @@ class CpuKernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self.rms_norm(self.add(x, y), weight, eps)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = x.chunk(2, -1)
@@ -99,6 +105,12 @@ class CpuKernels:
 
     def group_deltas(self, segments: Sequence[DeltaSegment]) -> DeltaGroup:
         return SegmentLoop(segments)
+
+    def recorded_rows(self, rows: int) -> int | None:  # noqa: ARG002 - nothing is recorded here
+        return None
+
+    def write_pages(self, storage: Tensor, pages: Sequence[int], layers: Sequence[Tensor]) -> None:
+        write_pages(storage, pages, layers)
 
     def record(
         self,

@@ -95,7 +95,7 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         sampler = SimpleNamespace(sample=self.now.passes(0.25))
-        self._runner = SimpleNamespace(step=self._run, _sampler=sampler)
+        self._runner = SimpleNamespace(launch=self._run, _sampler=sampler)
 
     def _run(self, schedule: Any, bound: Any) -> None:
         self.now.seconds += 1.0
@@ -105,7 +105,7 @@ class FakeEngine:
     def _step(self) -> bool:
         self.now.seconds += 0.5
         if self.schedule:
-            self._runner.step(self.schedule, None)
+            self._runner.launch(self.schedule, None)
         return bool(self.schedule)
 
 

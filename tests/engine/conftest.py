@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -24,7 +25,12 @@ from polydelta.engine.pool import PagePool
 from polydelta.engine.request import GenerationRequest, SamplingParams
 from polydelta.engine.residency import Residency
 from polydelta.engine.scheduler import Scheduler, SchedulerLimits
-from polydelta.engine.sequence import SampledToken, Schedule, Sequence
+from polydelta.engine.sequence import (
+    SampledToken,
+    Schedule,
+    ScheduledSequence,
+    Sequence,
+)
 from polydelta.engine.stats import StatsRecorder
 
 PAGE_BYTES = 100
@@ -123,8 +129,10 @@ class World:
         digests: Mapping[str, str] | None = None,
         traits: Mapping[str, AdapterTraits] | None = None,
         max_positions: int = 10_000,
+        lag: int = 0,
     ) -> None:
-        """adapters: weights of each, in pages."""
+        """adapters: weights of each, in pages. lag: steps that are under way when the next one is
+        scheduled."""
         self.block_size = block_size
         self.limits = SchedulerLimits(max_batch_tokens, max_batch_size, max_positions)
         self.pool = PagePool(num_pages)
@@ -142,6 +150,10 @@ class World:
         self.submitted: list[Sequence] = []
         self.finished: list[Sequence] = []
         self.failed: dict[Sequence, str] = {}
+        self.lag = lag
+        self.under_way: deque[tuple[Schedule, list[SampledToken | None]]] = deque()
+        # All tokens of each sequence, those that the scheduler does not know yet as well.
+        self.tokens: dict[Sequence, list[int]] = {}
         # page -> what each of its places holds
         self.memory: dict[int, list[object]] = {
             page: [None] * block_size for page in range(num_pages)
@@ -164,6 +176,7 @@ class World:
         )
         sequence = Sequence(request, lambda output: None)
         self.submitted.append(sequence)
+        self.tokens[sequence] = list(sequence.token_ids)
         self.scheduler.add(sequence)
         return sequence
 
@@ -192,26 +205,43 @@ class World:
         schedule = self.scheduler.schedule()
         failures = self.scheduler.take_failures()
         self.failed |= {f.sequence: f.reason for f in failures}
-        self._check_schedule(schedule, rests=not schedule and not failures)
+        rests = not schedule and not failures and not self.under_way
+        self._check_schedule(schedule, rests)
         self._compute(schedule)
-        tokens = [SampledToken(next_token(s.sequence)) if s.samples else None for s in schedule]
+        tokens = [self._sample(item) if item.samples else None for item in schedule]
+        self.scheduler.advance(schedule)
+        self.under_way.append((schedule, tokens))
+        while len(self.under_way) > (self.lag if schedule else 0):
+            self._commit(*self.under_way.popleft())
+        self.check()
+        return schedule
+
+    def _sample(self, item: ScheduledSequence) -> SampledToken:
+        tokens = self.tokens[item.sequence]
+        token = next_token(tokens)
+        tokens.append(token)
+        return SampledToken(token)
+
+    def _commit(self, schedule: Schedule, tokens: list[SampledToken | None]) -> None:
         self.scheduler.commit(schedule, tokens)
-        for scheduled in schedule:
+        for scheduled, token in zip(schedule, tokens, strict=True):
             sequence = scheduled.sequence
-            enough = sequence.num_output_tokens == sequence.request.sampling.max_tokens
-            tokens_in_all = sequence.num_tokens + self.num_virtual(sequence)
+            if sequence.has_left or token is None:
+                continue
+            known = sequence.num_known - sequence.num_prompt_tokens
+            enough = known == sequence.request.sampling.max_tokens
+            tokens_in_all = sequence.num_known + self.num_virtual(sequence)
             assert self.scheduler.is_full(sequence) == (tokens_in_all >= self.limits.max_positions)
             if enough or self.scheduler.is_full(sequence):
                 self.scheduler.remove(sequence)
                 self.finished.append(sequence)
         self.recorder.step(schedule, tokens, 0.01)
-        self.check()
-        return schedule
 
     def drain(self) -> None:
         """Ends every load and steps until nobody is left; fails when that takes too long."""
         for _ in range(50 + 20 * sum(map(most_steps, self.live))):
-            if not self.live and all(order.done() for order in self.orders):
+            idle = not self.live and not self.under_way
+            if idle and all(order.done() for order in self.orders):
                 return
             self.step()
             self.host.finish()
@@ -329,7 +359,7 @@ class World:
         digests = "+".join(map(self.host.digest, sequence.adapter_refs))
         activation = self.activation(sequence)
         contents = virtual_content(digests, self.num_virtual(sequence))
-        for index, token in enumerate(sequence.token_ids):
+        for index, token in enumerate(self.tokens[sequence]):
             acts = activation is not None and index >= activation
             before = contents[-1] if contents else None
             contents.append(hash((before, token, digests if acts else "")))
@@ -368,9 +398,9 @@ def virtual_content(digest: str, num_tokens: int) -> list[object]:
     return [hash((digest, "virtual", number)) for number in range(num_tokens)]
 
 
-def next_token(sequence: Sequence) -> int:
+def next_token(token_ids: Seq[int]) -> int:
     """A stand-in for the model: depends on all tokens so far."""
-    return hash(tuple(sequence.token_ids)) % VOCABULARY
+    return hash(tuple(token_ids)) % VOCABULARY
 
 
 def most_steps(sequence: Sequence) -> int:

@@ -123,7 +123,8 @@ def test_what_the_answer_says_does_not_activate_it(world: Worlds) -> None:
     w.step()
     w.host.finish()
     w.step()
-    quiet.token_ids.append(90)  # as if it had been sampled
+    for tokens in (quiet.token_ids, w.tokens[quiet]):
+        tokens.append(90)  # as if it had been sampled
     w.drain()
     assert quiet.activation == NEVER
     assert 90 in quiet.output_token_ids

@@ -78,7 +78,9 @@ class Block:
         self.norms = [wrap(index, norm) for index, norm in enumerate(self.norms)]
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    if residual is not None:
+        x += residual
     return F.rms_norm(x, x.shape[-1:], weight)
 
 
@@ -279,6 +281,11 @@ def test_replaced_norms(dtype: torch.dtype, scattered: bool) -> None:
         got = block.norms[0](x)
         near(got[1:4], rms_norm(x[1:4].float(), weight if layer == 1 else own), dtype)
         assert torch.equal(got[[0, 4]], rms_norm(x)[[0, 4]])
+        residual, total = torch.randn(5, HIDDEN).to(dtype), x.clone()
+        got = block.norms[0](total, residual=residual)
+        assert torch.equal(total, x + residual)
+        near(got[1:4], rms_norm(total[1:4].float(), weight if layer == 1 else own), dtype)
+        assert torch.equal(got[[0, 4]], rms_norm(total)[[0, 4]])
     got = model.final_norm(x)
     near(got[2:3], rms_norm(x[2:3].float(), last), dtype)
     assert torch.equal(got[[0, 1, 3, 4]], rms_norm(x)[[0, 1, 3, 4]])

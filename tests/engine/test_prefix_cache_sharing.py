@@ -32,12 +32,14 @@ REQUESTS = st.tuples(
     requests=st.lists(REQUESTS, min_size=2, max_size=12),
     block_size=st.integers(1, 4),
     max_batch_tokens=st.sampled_from([2, 5, 64]),
+    lag=st.integers(0, 1),
 )
 def test_a_request_finds_what_it_would_have_computed(
     world: Worlds,
     requests: list[tuple[str | None, list[int]]],
     block_size: int,
     max_batch_tokens: int,
+    lag: int,
 ) -> None:
     w = world(
         num_pages=300,
@@ -45,6 +47,7 @@ def test_a_request_finds_what_it_would_have_computed(
         max_batch_tokens=max_batch_tokens,
         adapters=dict.fromkeys(TRAITS, 1),
         traits=TRAITS,
+        lag=lag,
     )
     for adapter, prompt in requests:
         w.submit(prompt, adapter, max_tokens=3)

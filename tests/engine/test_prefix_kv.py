@@ -160,7 +160,9 @@ class Serving:
 
     def step(self) -> float:
         """The likeliest token's log probability."""
-        (token,) = self.runner.step([ScheduledSequence(self._sequence, 3)], lambda ref: self._bound)
+        (token,) = self.runner.launch(
+            [ScheduledSequence(self._sequence, 3)], lambda ref: self._bound
+        ).wait()
         assert token is not None
         assert token.logprob is not None
         return token.logprob.logprob

@@ -34,10 +34,10 @@ from polydelta.engine.build import assemble
 from polydelta.engine.config import EngineConfig
 from polydelta.engine.models.base_weights import checkpoint_layout
 from polydelta.engine.models.checkpoint import Checkpoint
-from polydelta.engine.recorded_steps import MOST_RECORDINGS, MOST_ROWS
+from polydelta.engine.recorded_steps import MOST_RECORDINGS
 from polydelta.engine.request import GenerationRequest, SamplingParams
 from polydelta.engine.sequence import Sequence as TokenSequence
-from polydelta.kernels.cpu.bfloat16_kernels import Bfloat16Kernels
+from polydelta.kernels.cpu.bfloat16_kernels import MOST_RECORDED, Bfloat16Kernels
 from polydelta.kernels.ops import kernels_for
 
 CPU = torch.device("cpu")
@@ -361,11 +361,11 @@ def test_the_recording_that_was_not_used_for_the_longest_goes(
 
 
 def test_a_step_with_more_rows_than_are_recorded(both: Callable[..., Driver]) -> None:
-    script = {0: [(f"r{n}", {"lora-3": 1.0} if n % 2 else {}, 2, 6) for n in range(MOST_ROWS + 1)]}
+    script = {0: [(f"r{n}", {"lora-3": 1.0} if n % 2 else {}, 2, 6) for n in range(MOST_RECORDED + 1)]}
     driver = both(script, ["lora-3"])
     assert driver.recorded() == []
-    script = {0: [(f"r{n}", {"lora-3": 1.0} if n % 2 else {}, 2, 6) for n in range(MOST_ROWS)]}
-    assert set(both(script, ["lora-3"]).recorded()) == {MOST_ROWS}
+    script = {0: [(f"r{n}", {"lora-3": 1.0} if n % 2 else {}, 2, 6) for n in range(MOST_RECORDED)]}
+    assert set(both(script, ["lora-3"]).recorded()) == {MOST_RECORDED}
 
 
 def test_prompts_in_chunks_between_decoding_steps(both: Callable[..., Driver]) -> None:

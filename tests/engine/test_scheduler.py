@@ -485,6 +485,7 @@ class SchedulerHistory(RuleBasedStateMachine):
         small_sizes=st.lists(st.integers(0, 2), min_size=4, max_size=4),
         virtual=st.integers(1, 9),
         max_positions=st.integers(12, 40),
+        lag=st.integers(0, 1),
     )
     def start(self, sizes: list[int], small_sizes: list[int], virtual: int, **limits: Any) -> None:
         adapters = dict(zip(("a", "b", "c", "copy of a"), sizes, strict=True))
