@@ -42,12 +42,15 @@ class AdapterLoader(Protocol):
 class FolderLoader:
     """Reads and packs an adapter each time, and keeps nothing."""
 
-    def __init__(self, layout: BaseLayout, dtype: torch.dtype) -> None:
+    def __init__(self, layout: BaseLayout, dtype: torch.dtype, bits: int | None = None) -> None:
+        """bits: of low-rank matrices, 8 or 4; None: the dtype's."""
         self._layout = layout
         self._dtype = dtype
+        self._bits = bits
 
     def load(self, ref: AdapterRef) -> PackedAdapter:
-        return pack(read_adapter(ref, self._layout), self._layout, self._dtype)
+        adapter = read_adapter(ref, self._layout)
+        return pack(adapter, self._layout, self._dtype, self._bits)
 
 
 class AdapterFiles(Protocol):
@@ -61,8 +64,8 @@ class AdapterFiles(Protocol):
 class DiskTier:
     """Loads adapters in packed form; one without it is read, checked, packed and written.
 
-    Packed files are kept by digest, base model with its weights, and dtype. They are a cache, and
-    least recently used ones are deleted beyond `capacity_bytes`.
+    Packed files are kept by digest, base model with its weights, dtype and bits. They are a cache,
+    and least recently used ones are deleted beyond `capacity_bytes`.
     """
 
     def __init__(
@@ -72,12 +75,15 @@ class DiskTier:
         folder: Path,
         files: AdapterFiles,
         capacity_bytes: int,
+        bits: int | None = None,
     ) -> None:
-        self._loader = FolderLoader(layout, dtype)
+        """bits: as FolderLoader has them."""
+        self._loader = FolderLoader(layout, dtype, bits)
         # Of some formats the packed numbers were computed from the base's weights.
         told = f"{layout.fingerprint}\n{layout.weights_id}"
         base = hashlib.sha256(told.encode()).hexdigest()[:16]
-        self._file_name = f"{base}-{str(dtype).removeprefix('torch.')}.packed"
+        numbers = str(dtype).removeprefix("torch.") + ("" if bits is None else f"-{bits}bit")
+        self._file_name = f"{base}-{numbers}.packed"
         self._folder = folder
         self._files = files
         self._capacity_bytes = capacity_bytes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from polydelta.adapters_store.packed_tensors import PackedMatrix, PackedVector
+from polydelta.adapters_store.packed_tensors import LowRankMatrix, PackedMatrix, PackedVector
 
 # In the place of an index into `BaseLayout.linears`.
 HEAD_LINEAR = -1
@@ -26,7 +26,7 @@ class LowRankBlock:
     rank_start: int
     rank: int
     # [rank, out_features]
-    b_t: PackedMatrix
+    b_t: LowRankMatrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class PackedLowRank:
     # Index into BaseLayout.linears; so it is in all classes below.
     linear: int
     # [sum of ranks, in]
-    a: PackedMatrix
+    a: LowRankMatrix
     blocks: tuple[LowRankBlock, ...]
 
 

@@ -29,14 +29,25 @@ from torch import Tensor
 
 from polydelta.adapters_store.packed import PackedAdapter, PackedLayer, PackedPrefix
 from polydelta.adapters_store.packed_deltas import LowRankBlock, PackedDelta
-from polydelta.adapters_store.packed_tensors import ALIGNMENT, PackedMatrix, PackedVector
+from polydelta.adapters_store.packed_tensors import (
+    ALIGNMENT,
+    PackedMatrix,
+    PackedQuantizedMatrix,
+    PackedVector,
+)
 
 # The digit changes with the layout of the file or of what is packed.
-MAGIC = b"polydelta-packed-4\n"
+MAGIC = b"polydelta-packed-5\n"
 
 _TYPES = {
     kind.__name__: kind
-    for kind in (LowRankBlock, PackedMatrix, PackedVector, *get_args(PackedDelta))
+    for kind in (
+        LowRankBlock,
+        PackedMatrix,
+        PackedQuantizedMatrix,
+        PackedVector,
+        *get_args(PackedDelta),
+    )
 }
 
 

@@ -15,8 +15,7 @@ BYTES_ALIGNMENT = 16
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrix:
-    """A matrix whose rows are padded: of the adapter's dtype up to ALIGNMENT, or of bytes up to
-    BYTES_ALIGNMENT."""
+    """A matrix whose rows are padded: of signs up to BYTES_ALIGNMENT, others up to ALIGNMENT."""
 
     # Bytes from the start of the layer's data.
     offset: int
@@ -24,6 +23,22 @@ class PackedMatrix:
     shape: tuple[int, int]
     # In elements.
     row_stride: int
+
+
+@dataclass(frozen=True, eq=False)
+class PackedQuantizedMatrix:
+    """A matrix in 8 or 4 bits, as `row_codes.py` makes it."""
+
+    bits: int
+    columns: int
+    # [rows, columns] int8, or [rows, columns / 2 rounded up] uint8 with two codes in a byte
+    codes: PackedMatrix
+    # [rows, groups] float16
+    scales: PackedMatrix
+
+
+# A matrix of a low-rank delta.
+LowRankMatrix = PackedMatrix | PackedQuantizedMatrix
 
 
 @dataclass(frozen=True, eq=False)

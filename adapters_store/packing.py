@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
-from operator import itemgetter
 from typing import TypeVar
 
 import torch
@@ -31,16 +29,15 @@ from polydelta.adapters_store.delta import (
     Sparse,
     TopK,
 )
+from polydelta.adapters_store.low_rank_packing import pack_low_rank
 from polydelta.adapters_store.packed import PackedAdapter, PackedLayer, PackedPrefix
 from polydelta.adapters_store.packed_deltas import (
-    LowRankBlock,
     PackedBias,
     PackedCirculant,
     PackedColumns,
     PackedDelta,
     PackedInputScale,
     PackedKronecker,
-    PackedLowRank,
     PackedNorm,
     PackedOneBit,
     PackedRotate,
@@ -58,16 +55,19 @@ D = TypeVar("D", bound=Delta)
 Placed = Sequence[tuple[int, D]]
 
 
-def pack(adapter: Adapter, layout: BaseLayout, dtype: torch.dtype) -> PackedAdapter:
-    """Converts to dtype and lays out for the pool.
+def pack(
+    adapter: Adapter, layout: BaseLayout, dtype: torch.dtype, bits: int | None = None
+) -> PackedAdapter:
+    """Converts to dtype and lays out for the pool; with bits, 8 or 4, low-rank matrices of the
+    decoder's linear layers are rounded to so many.
 
-    Raises InvalidAdapterError when the adapter does not fit the layout, or its numbers the dtype,
-    or when it has deltas that are not served.
+    Raises InvalidAdapterError when the adapter does not fit the layout, or its numbers the dtype or
+    the bits, or when it has deltas that are not served.
     """
     check_adapter(adapter, layout, dtype)
     tokens = TokenPacker(adapter, layout, dtype)
     layers = tuple(
-        _pack_layer(adapter.modules, layout, layer, dtype, tokens)
+        _pack_layer(LayerWriter(dtype, bits), adapter.modules, layout, layer, tokens)
         for layer in range(layout.num_layers)
     )
     prefix: PackedPrefix | None = None
@@ -82,13 +82,12 @@ def pack(adapter: Adapter, layout: BaseLayout, dtype: torch.dtype) -> PackedAdap
 
 
 def _pack_layer(
+    writer: LayerWriter,
     modules: Mapping[str, Sequence[Delta]],
     layout: BaseLayout,
     layer: int,
-    dtype: torch.dtype,
     tokens: TokenPacker,
 ) -> PackedLayer:
-    writer = LayerWriter(dtype)
     packed: list[PackedDelta] = []
     for index, linear in enumerate(layout.linears):
         parts = [modules.get(layout.module_name(layer, part.name), ()) for part in linear.parts]
@@ -96,7 +95,7 @@ def _pack_layer(
     for index, norm in enumerate(layout.norms):
         for delta in modules.get(layout.module_name(layer, norm.name), ()):
             if isinstance(delta, NormWeight):
-                packed.append(PackedNorm(index, writer.vector(delta.weight, dtype)))
+                packed.append(PackedNorm(index, writer.vector(delta.weight, writer.dtype)))
     packed += tokens.pack_layer(writer, layer)
     return PackedLayer(writer.data(), tuple(packed))
 
@@ -112,7 +111,7 @@ def _pack_linear(
         for delta in deltas
     ]
     if low_rank := _of_kind(placed, LowRank):
-        packed.append(_pack_low_rank(writer, index, low_rank))
+        packed.append(pack_low_rank(writer, index, low_rank))
     if sparse := _of_kind(placed, Sparse):
         packed.append(_pack_sparse(writer, index, linear, sparse))
     if rows := _of_kind(placed, Rows):
@@ -130,19 +129,6 @@ def _pack_linear(
 
 def _of_kind(placed: Placed[Delta], kind: type[D]) -> list[tuple[int, D]]:
     return [(out_start, delta) for out_start, delta in placed if isinstance(delta, kind)]
-
-
-def _pack_low_rank(writer: LayerWriter, linear: int, placed: Placed[LowRank]) -> PackedLowRank:
-    """The ranks of a part's deltas are concatenated."""
-    a = writer.matrix(torch.cat([delta.a for _, delta in placed]))
-    blocks: list[LowRankBlock] = []
-    rank_start = 0
-    for out_start, of_part in groupby(placed, key=itemgetter(0)):
-        b_t = torch.cat([delta.b.T for _, delta in of_part])
-        rank, out_features = b_t.shape
-        blocks.append(LowRankBlock(out_start, out_features, rank_start, rank, writer.matrix(b_t)))
-        rank_start += rank
-    return PackedLowRank(linear, a, tuple(blocks))
 
 
 def _pack_sparse(

@@ -8,25 +8,41 @@ from torch import Tensor
 from polydelta.adapters_store.packed_tensors import (
     ALIGNMENT,
     BYTES_ALIGNMENT,
+    LowRankMatrix,
     PackedMatrix,
+    PackedQuantizedMatrix,
     PackedVector,
     matrix_view,
     vector_view,
 )
+from polydelta.adapters_store.row_codes import quantize_rows
 
 
 class LayerWriter:
     """Gives tensors their places in a layer, then writes them all at once."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        """dtype: of matrices."""
+    def __init__(self, dtype: torch.dtype, bits: int | None = None) -> None:
+        """dtype: of matrices; bits: of low-rank ones in its place, 8 or 4."""
         self.dtype = dtype
+        self.bits = bits
         self._nbytes = 0
         self._matrices: list[tuple[PackedMatrix, Tensor, torch.dtype]] = []
         self._vectors: list[tuple[PackedVector, Tensor]] = []
 
     def matrix(self, tensor: Tensor) -> PackedMatrix:
         return self._matrix(tensor, self.dtype, ALIGNMENT)
+
+    def low_rank_matrix(self, tensor: Tensor) -> LowRankMatrix:
+        """Raises InvalidAdapterError for numbers that the bits cannot hold."""
+        if self.bits is None:
+            return self.matrix(tensor)
+        codes, scales = quantize_rows(tensor, self.bits)
+        return PackedQuantizedMatrix(
+            self.bits,
+            tensor.shape[1],
+            self._matrix(codes, codes.dtype, ALIGNMENT),
+            self._matrix(scales, scales.dtype, ALIGNMENT),
+        )
 
     def byte_matrix(self, tensor: Tensor) -> PackedMatrix:
         """tensor: uint8."""

@@ -84,8 +84,11 @@ class StoredAdapters:
     def _page_bytes(self) -> int:
         return kv_page_bytes(self.model, BLOCK_TOKENS, DTYPE)
 
-    def _make_tier(self, layout: BaseLayout, dtype: torch.dtype) -> DiskTier:
-        return DiskTier(layout, dtype, self.store.packed_folder, self.store.content, 64 << 30)
+    def _make_tier(
+        self, layout: BaseLayout, dtype: torch.dtype, bits: int | None = None
+    ) -> DiskTier:
+        store = self.store
+        return DiskTier(layout, dtype, store.packed_folder, store.content, 64 << 30, bits)
 
     def _weights(self, rank: int, modules: Sequence[str], seed: int) -> bytes:
         """The file that PEFT would write: bfloat16, B small enough to leave the text sane."""

@@ -20,7 +20,7 @@ from polydelta.kernels.cpu.fusing import block_products
 from polydelta.kernels.cpu.linear import PackedLinear
 from polydelta.kernels.cpu.native import NativeLibrary
 from polydelta.kernels.cpu.packed_layout import PackedLayout, layout_of, memory_of, pack
-from polydelta.kernels.delta_weights import LowRankBlock, LowRankWeights, SparseWeights
+from polydelta.kernels.delta_weights import LowRankBlock, LowRankWeights, SparseWeights, dense
 from polydelta.kernels.fusing import entry_rows
 from polydelta.kernels.ops import FusedDelta
 
@@ -62,8 +62,8 @@ class Layer:
         return [
             (
                 slice(block.out_start, block.out_start + block.b_t.shape[1]),
-                block.b_t.t().contiguous(),
-                delta.a.narrow(0, block.rank_start, block.b_t.shape[0]),
+                dense(block.b_t, self.weight.dtype).t().contiguous(),
+                dense(delta.a, self.weight.dtype).narrow(0, block.rank_start, block.b_t.shape[0]),
             )
             for block in delta.blocks
         ]
@@ -232,7 +232,7 @@ def _in_blocks(layers: Sequence[Layer], layouts: Sequence[PackedLayout]) -> list
         for _ in range(3)
     )
     added = [
-        [block_products(layout, delta) for delta in layer.low_rank]
+        [block_products(layout, delta, layer.weight.dtype) for delta in layer.low_rank]
         for layer, layout in zip(layers, layouts, strict=True)
     ]
     subtracted = [

@@ -5,19 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.disk_tier import AdapterLoader, FolderLoader
 from polydelta.adapters_store.host_store import HostStore
+from polydelta.adapters_store.row_codes import BITS
 from polydelta.engine.adapter_control import AdapterControl
 from polydelta.engine.config import EngineConfig
+from polydelta.engine.device import choose_device, dtype_on, limits_for
 from polydelta.engine.engine import Engine
 from polydelta.engine.eviction import CostModel
+from polydelta.engine.gpu_memory import memory_for_pool
 from polydelta.engine.kv_cache import KVCache
 from polydelta.engine.models.base_weights import checkpoint_layout
 from polydelta.engine.models.checkpoint import Checkpoint, open_checkpoint
+from polydelta.engine.models.config import ModelConfig
 from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.models.errors import ModelError
 from polydelta.engine.models.weights import Weights
@@ -31,11 +36,9 @@ from polydelta.kernels.ops import Kernels, kernels_for
 
 # stage, done, total: drives a progress bar
 Report = Callable[[str, int, int], None]
-# From what adapters must fit and the dtype that they are computed in, to what reads them.
-MakeLoader = Callable[[BaseLayout, torch.dtype], AdapterLoader]
-
-# Where the model runs.
-DEVICE = torch.device("cpu")
+# From what adapters must fit, the dtype that they are computed in, and the bits of their low-rank
+# matrices where these are fewer, to what reads them.
+MakeLoader = Callable[[BaseLayout, torch.dtype, int | None], AdapterLoader]
 
 
 def no_report(stage: str, done: int, total: int) -> None:
@@ -49,10 +52,11 @@ def build_engine(
     make_loader: MakeLoader = FolderLoader,
 ) -> Engine:
     """model: None for the default, a path or a hub id. Raises ModelError."""
+    device = choose_device(config.device)
+    kernels = kernels_for(device, dtype_on(device, config.dtype))
     report("Opening the model", 0, 1)
     checkpoint = open_checkpoint(model)
     report("Opening the model", 1, 1)
-    kernels = kernels_for(DEVICE, torch_dtype(config.dtype))
     # On a thread that ends: a thread's OpenMP team lives as long as it does, and where teams have
     # more threads than there are cores, all of them sleep at every barrier instead of spinning
     # (a decode step of 16 tokens on 2 cores: 25 ms with one team, 36 ms beside an idle one).
@@ -68,17 +72,14 @@ def assemble(
     make_loader: MakeLoader = FolderLoader,
 ) -> Engine:
     """An engine for an opened checkpoint. Raises ModelError."""
-    model, dtype = checkpoint.config, torch_dtype(config.dtype)
+    device, model = kernels.device, checkpoint.config
+    limits, dtype = limits_for(device, config), dtype_on(device, config.dtype)
     page_bytes = kv_page_bytes(model, config.block_size, dtype)
-    num_pages = config.pool_bytes // (page_bytes * model.num_layers)
-    if num_pages < 2:
-        raise ModelError(
-            f"A pool of {config.pool_bytes} bytes holds {num_pages} pages of {page_bytes} bytes "
-            f"in each of {model.num_layers} layers: give it more memory."
-        )
-    max_model_len = _max_model_len(config, model.context_length, num_pages)
-    # Virtual tokens of adapters come on top of that; all tokens lie in the pool.
-    max_positions = min(model.context_length, num_pages * config.block_size)
+    # Where it is known before the weights are read, what does not fit is refused at once.
+    pool_bytes = limits.pool_bytes
+    sizes = None if pool_bytes is None else _sizes(pool_bytes, page_bytes, config, model)
+    if config.adapter_bits not in (None, *BITS):
+        raise ModelError(f"adapter_bits {config.adapter_bits} is not supported: use 8 or 4.")
     bits = weight_bits(config.quantization)
     if bits is not None and config.fuse_after is not None:
         raise ModelError(
@@ -86,26 +87,58 @@ def assemble(
             "other: no adapter can be written into quantised weights. Leave one of them out."
         )
     weights = Weights(
-        checkpoint.tensors, dtype, lambda done, total: report("Loading weights", done, total), bits
+        checkpoint.tensors,
+        dtype,
+        lambda done, total: report("Loading weights", done, total),
+        bits,
+        device,
     )
-    decoder = Decoder(model, weights, kernels, max_positions, dtype)
+    most = model.context_length if sizes is None else sizes.max_positions
+    decoder = Decoder(model, weights, kernels, most, dtype)
+    if sizes is None:
+        left = memory_for_pool(
+            decoder,
+            kernels,
+            config.block_size,
+            dtype,
+            limits.max_batch_tokens,
+            limits.max_batch_size,
+            config.gpu_memory_utilization,
+        )
+        sizes = _sizes(left, page_bytes, config, model)
     layout = checkpoint_layout(checkpoint, dtype)
     host = HostStore(
-        make_loader(layout, dtype), config.host_adapter_bytes, pin=DEVICE.type == "cuda"
+        make_loader(layout, dtype, config.adapter_bits),
+        config.host_adapter_bytes,
+        pin=device.type == "cuda",
     )
-    runner = Runner(decoder, kernels, num_pages, config.block_size, dtype, host, config.fuse_after)
+    runner = Runner(
+        decoder,
+        kernels,
+        sizes.num_pages,
+        config.block_size,
+        dtype,
+        host,
+        config.fuse_after,
+        sizes.max_positions,
+        limits.steps_ahead,
+    )
 
-    wake, costs, pool = threading.Event(), CostModel(), PagePool(num_pages)
+    wake, costs, pool = threading.Event(), CostModel(), PagePool(sizes.num_pages)
     kv = KVCache(pool, config.block_size, costs, config.prefix_caching)
     residency = Residency(
         pool, page_bytes, config.block_size, host, runner.bind_adapter, costs, wake.set
     )
-    limits = SchedulerLimits(config.max_batch_tokens, config.max_batch_size, max_positions)
-    scheduler = Scheduler(limits, pool, kv, residency)
+    scheduler = Scheduler(
+        SchedulerLimits(limits.max_batch_tokens, limits.max_batch_size, sizes.max_positions),
+        pool,
+        kv,
+        residency,
+    )
     return Engine(
         checkpoint.id,
         checkpoint.tokenizer,
-        max_model_len,
+        sizes.max_model_len,
         model.vocab_size,
         layout,
         scheduler,
@@ -118,12 +151,30 @@ def assemble(
     )
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """Raises ModelError for a dtype that is not served."""
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if name not in dtypes:
-        raise ModelError(f"dtype {name!r} is not supported: use {' or '.join(dtypes)}.")
-    return dtypes[name]
+@dataclass(frozen=True)
+class PoolSizes:
+    """What a pool of some bytes holds."""
+
+    num_pages: int
+    # Of the longest sequence, an adapter's virtual tokens included; all of them lie in the pool.
+    max_positions: int
+    # Of the longest prompt plus output.
+    max_model_len: int
+
+
+def _sizes(pool_bytes: int, page_bytes: int, config: EngineConfig, model: ModelConfig) -> PoolSizes:
+    """page_bytes: of one layer. Raises ModelError for a pool that is too small."""
+    num_pages = pool_bytes // (page_bytes * model.num_layers)
+    if num_pages < 2:
+        raise ModelError(
+            f"A pool of {pool_bytes} bytes holds {num_pages} pages of {page_bytes} bytes in each "
+            f"of {model.num_layers} layers: give it more memory."
+        )
+    return PoolSizes(
+        num_pages,
+        min(model.context_length, num_pages * config.block_size),
+        _max_model_len(config, model.context_length, num_pages),
+    )
 
 
 def weight_bits(quantization: str | None) -> int | None:

@@ -9,18 +9,27 @@ from dataclasses import dataclass
 class EngineConfig:
     """Limits of the engine; sizes in tokens, sequences or bytes as named."""
 
-    # "bfloat16" or "float32"
+    # "cpu", "cuda", or "auto" for a GPU where there is one.
+    device: str = "auto"
+    # "bfloat16" or "float32"; on a GPU also "float16"
     dtype: str = "bfloat16"
     # Longest prompt plus output; None takes the model's own context window.
     max_model_len: int | None = None
-    # Tokens computed in one step, prefill and decode together.
-    max_batch_tokens: int = 512
-    # Sequences that run at the same time.
-    max_batch_size: int = 64
+    # Tokens computed in one step, prefill and decode together; None takes what suits the device.
+    max_batch_tokens: int | None = None
+    # Sequences that run at the same time; None as above.
+    max_batch_size: int | None = None
+    # Steps that are launched before the tokens of the one before are known, 0 or 1; None as above.
+    steps_ahead: int | None = None
     # Tokens of KV in one page.
     block_size: int = 16
-    # The one pool that KV and adapters share.
-    pool_bytes: int = 2 << 30
+    # The one pool that KV and adapters share; None takes 2 GiB, or on a GPU what the next line
+    # leaves.
+    pool_bytes: int | None = None
+    # Share of the GPU's memory that may be taken, 0 to 1.
+    gpu_memory_utilization: float = 0.9
+    # Bits of adapters' low-rank matrices in linear layers, 8 or 4; None keeps them in the dtype.
+    adapter_bits: int | None = None
     # Adapters kept ready in host RAM.
     host_adapter_bytes: int = 2 << 30
     prefix_caching: bool = True

@@ -17,7 +17,12 @@ from polydelta.adapters_store.packed_deltas import (
     PackedSparse,
     PackedTopK,
 )
-from polydelta.adapters_store.packed_tensors import matrix_view, vector_view
+from polydelta.adapters_store.packed_tensors import (
+    LowRankMatrix,
+    PackedMatrix,
+    matrix_view,
+    vector_view,
+)
 from polydelta.kernels.delta_weights import (
     AddWeights,
     ChangeWeights,
@@ -26,7 +31,9 @@ from polydelta.kernels.delta_weights import (
     KroneckerWeights,
     LowRankBlock,
     LowRankWeights,
+    Matrix,
     OneBitWeights,
+    QuantizedMatrix,
     RotateWeights,
     RowsWeights,
     ScaleWeights,
@@ -90,10 +97,19 @@ def change_weights(delta: PackedChange, data: Tensor) -> ChangeWeights:
 
 def low_rank_view(delta: PackedLowRank, data: Tensor, dtype: torch.dtype) -> LowRankWeights:
     blocks = tuple(
-        LowRankBlock(block.out_start, block.rank_start, matrix_view(data, block.b_t, dtype))
+        LowRankBlock(block.out_start, block.rank_start, low_rank_matrix(data, block.b_t, dtype))
         for block in delta.blocks
     )
-    return LowRankWeights(matrix_view(data, delta.a, dtype), blocks)
+    return LowRankWeights(low_rank_matrix(data, delta.a, dtype), blocks)
+
+
+def low_rank_matrix(data: Tensor, matrix: LowRankMatrix, dtype: torch.dtype) -> Matrix:
+    """dtype: where it is not quantised."""
+    if isinstance(matrix, PackedMatrix):
+        return matrix_view(data, matrix, dtype)
+    codes = matrix_view(data, matrix.codes, torch.int8 if matrix.bits == 8 else torch.uint8)
+    scales = matrix_view(data, matrix.scales, torch.float16)
+    return QuantizedMatrix(codes, scales, matrix.columns)
 
 
 def sparse_view(delta: PackedSparse, data: Tensor) -> SparseWeights:

@@ -23,6 +23,7 @@ from polydelta.adapters_store.packed_deltas import (
     PackedTokenShrink,
 )
 from polydelta.adapters_store.packed_tensors import matrix_view, vector_view
+from polydelta.engine.delta_views import low_rank_matrix
 from polydelta.engine.linear_deltas import LinearDeltas
 from polydelta.kernels.delta_groups import Linear
 from polydelta.kernels.delta_weights import LowRankBlock, LowRankWeights
@@ -142,7 +143,7 @@ def _bind_head(layers: Sequence[PackedLayer], dtype: torch.dtype, kernels: Kerne
             case PackedHeadShrink():
                 a = matrix_view(data, delta.a, dtype)
             case PackedHeadExpand(block):
-                b_t = matrix_view(data, block.b_t, dtype)
+                b_t = low_rank_matrix(data, block.b_t, dtype)
                 blocks.append(LowRankBlock(block.out_start, block.rank_start, b_t))
     if a is not None:
         linear.output.adds.append(kernels.add_delta(LowRankWeights(a, tuple(blocks))))

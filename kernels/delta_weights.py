@@ -19,13 +19,13 @@ GROUP = 32
 class QuantizedMatrix:
     """`[rows, columns]` of `scale * code`, in 8 or 4 bits.
 
-    Each GROUP of columns of a row has a scale of its own; the last group may be narrower.
+    Each GROUP columns of a row have a scale of their own; the last group may be narrower.
     """
 
     # 8 bits: [rows, columns] int8, -127 to 127. 4 bits: [rows, columns / 2 rounded up] uint8, with
     # the code of column 2 i, plus 8, in the lower half of byte i, and that of 2 i + 1 in the upper
     codes: Tensor
-    # [rows, groups] float16
+    # [rows, groups] float16; may be negative
     scales: Tensor
     columns: int
 
@@ -37,18 +37,12 @@ class QuantizedMatrix:
     def shape(self) -> tuple[int, int]:
         return len(self.codes), self.columns
 
-    def narrow_rows(self, start: int, count: int) -> QuantizedMatrix:
-        """A view of some rows."""
-        codes, scales = (each.narrow(0, start, count) for each in (self.codes, self.scales))
-        return QuantizedMatrix(codes, scales, self.columns)
-
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """`[rows, columns]` of dtype; each number is rounded once."""
         codes = self.codes
         if self.bits == 4:
-            codes = (
-                torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, : self.columns].int() - 8
-            )
+            halves = torch.stack((codes & 15, codes >> 4), -1).flatten(1)
+            codes = halves[:, : self.columns].int() - 8
         scales = self.scales.float().repeat_interleave(GROUP, 1)[:, : self.columns]
         return (codes * scales).to(dtype)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polydelta.kernels.delta_weights import LowRankWeights, SparseWeights
+from polydelta.kernels.delta_weights import LowRankWeights, SparseWeights, dense
 
 
 class FusableWeight:
@@ -75,18 +75,19 @@ class FusedWeight(Fused):
 
 
 def with_deltas(weight: Tensor, deltas: Sequence[LowRankWeights | SparseWeights]) -> Tensor:
-    """`W + sum of dW` for W `[out, in]`, in float32 or W's dtype if that is wider, rounded once."""
+    """`W + sum of dW` for W `[out, in]`, in float32 or W's dtype if that is wider, rounded once.
+    The deltas may be in host memory, wherever W is."""
     total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     for delta in deltas:
         if isinstance(delta, LowRankWeights):
+            all_a = dense(delta.a, total.dtype).to(total)
             for block in delta.blocks:
-                rank, out_features = block.b_t.shape
-                rows = total.narrow(0, block.out_start, out_features)
-                a = delta.a.narrow(0, block.rank_start, rank)
-                rows.addmm_(block.b_t.t().to(total.dtype), a.to(total.dtype))
+                b_t = dense(block.b_t, total.dtype).to(total)
+                rows = total.narrow(0, block.out_start, b_t.shape[1])
+                rows.addmm_(b_t.t(), all_a.narrow(0, block.rank_start, len(b_t)))
         else:
-            entries = (entry_rows(delta), delta.columns.long())
-            total.index_put_(entries, delta.values.to(total.dtype), accumulate=True)
+            rows, columns = entry_rows(delta).to(total.device), delta.columns.to(total.device)
+            total.index_put_((rows, columns.long()), delta.values.to(total), accumulate=True)
     return total.to(weight.dtype)
 
 

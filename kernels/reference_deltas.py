@@ -18,6 +18,7 @@ from polydelta.kernels.delta_weights import (
     ScaleWeights,
     SparseWeights,
     TopKWeights,
+    dense,
 )
 
 
@@ -68,11 +69,13 @@ def unpacked_signs(bits: Tensor, in_features: int, dtype: torch.dtype) -> Tensor
 
 
 def _add_low_rank(weights: LowRankWeights, y: Tensor, x: Tensor) -> None:
-    shrunk = x @ weights.a.T
+    shrunk = x @ dense(weights.a, x.dtype).T
     for block in weights.blocks:
         rank, out_features = block.b_t.shape
         ranks = slice(block.rank_start, block.rank_start + rank)
-        _columns(y, block.out_start, out_features).add_(shrunk[:, ranks] @ block.b_t)
+        _columns(y, block.out_start, out_features).add_(
+            shrunk[:, ranks] @ dense(block.b_t, x.dtype)
+        )
 
 
 def _circulant(kernel: Tensor, x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def create_app(
         engine=engine,
         store=store,
         publisher=publisher,
-        metrics=Metrics(engine, base_name, settings.max_batch_size),
+        metrics=Metrics(engine, base_name, engine.max_batch_size),
         base_name=base_name,
         started=int(time.time()),
     )

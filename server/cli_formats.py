@@ -48,7 +48,7 @@ def formats(
     what adapters cost over another base model
     """
     # Here and not above: `polydelta --help` must not wait for torch.
-    from polydelta.engine.build import torch_dtype
+    from polydelta.engine.device import torch_dtype
     from polydelta.engine.models.checkpoint import open_checkpoint
     from polydelta.engine.models.decoder import base_layout
 

@@ -54,6 +54,7 @@ def generate(
     dtype: options.Dtype = None,
     quantization: options.Quantization = None,
     pool: options.Pool = None,
+    adapter_bits: options.AdapterBits = None,
 ) -> None:
     """Answer one prompt and leave; tokens are printed as they come.
 
@@ -75,6 +76,7 @@ def generate(
         dtype=dtype,
         quantization=quantization,
         pool=pool,
+        adapter_bits=adapter_bits,
     )
     console = Console(stderr=True)
     # The name first: a wrong one should not cost the wait for the model.

@@ -7,6 +7,7 @@ from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from pydantic import ByteSize
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -21,6 +22,7 @@ from polydelta.server.stores import disk_tier, make_publisher, open_store, pin_a
 
 if TYPE_CHECKING:  # the store imports torch, which takes seconds
     from polydelta.adapters_store.store import AdapterStore
+    from polydelta.engine.engine import Engine
 
 # A catalog can hold tens of thousands of folders; the banner counts no further than this.
 COUNTED_ADAPTERS = 1000
@@ -30,6 +32,7 @@ NAMED_ADAPTERS = 4
 def serve(
     model: options.Model = None,
     adapters: options.Adapters = None,
+    device: options.Device = None,
     dtype: options.Dtype = None,
     quantization: options.Quantization = None,
     served_model_name: options.ServedModelName = None,
@@ -43,6 +46,8 @@ def serve(
     max_adapter_rank: options.MaxAdapterRank = None,
     adapter_root: options.AdapterRoot = None,
     pool: options.Pool = None,
+    gpu_memory_utilization: options.GpuMemoryUtilization = None,
+    adapter_bits: options.AdapterBits = None,
     host_adapter_ram: options.HostAdapterRam = None,
     max_batch_tokens: options.MaxBatchTokens = None,
     max_batch_size: options.MaxBatchSize = None,
@@ -78,6 +83,7 @@ def serve(
     settings = load_settings(
         model=model,
         adapters=adapters,
+        device=device,
         dtype=dtype,
         quantization=quantization,
         served_model_name=served_model_name,
@@ -91,6 +97,8 @@ def serve(
         max_adapter_rank=max_adapter_rank,
         adapter_root=adapter_root,
         pool=pool,
+        gpu_memory_utilization=gpu_memory_utilization,
+        adapter_bits=adapter_bits,
         host_adapter_ram=host_adapter_ram,
         max_batch_tokens=max_batch_tokens,
         max_batch_size=max_batch_size,
@@ -113,7 +121,7 @@ def serve(
 
         def on_ready() -> None:
             pin_again(opened, engine)
-            print_banner(console, url_of(bound), base_name, opened, settings)
+            print_banner(console, url_of(bound), base_name, opened, engine, settings)
 
         app = create_app(engine, opened, publisher, settings)
         Server(app, engine, settings, on_ready).serve_until_stopped(bound)
@@ -124,6 +132,7 @@ def print_banner(
     url: str,
     base_name: str,
     store: AdapterStore,
+    engine: Engine,
     settings: ServerSettings,
 ) -> None:
     """What is served and where, and one call that can be pasted."""
@@ -135,7 +144,8 @@ def print_banner(
     facts.add_row("model", escape(f"{base_name} ({', '.join(formats)})"))
     facts.add_row("adapters", f"{count} ({names})" if found else "none")
     facts.add_row("uploads", escape(str(settings.store)))
-    facts.add_row("pool", settings.pool.human_readable())
+    facts.add_row("device", engine.device)
+    facts.add_row("pool", ByteSize(engine.pool_bytes).human_readable())
     facts.add_row("docs", f"{url}/docs")
     console.print(Panel(facts, title=f"PolyDelta at {url}", expand=False))
     body = json.dumps({"model": base_name, "prompt": "Once upon a time"})

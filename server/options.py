@@ -37,7 +37,8 @@ def _shown(default: object) -> str:
 Model = Annotated[str | None, setting("model", "--model", MODEL, "PATH|HUB_ID")]
 ServedModelName = Annotated[str | None, setting("served_model_name", "--served-model-name", MODEL)]
 Adapters = Annotated[list[Path] | None, setting("adapters", "--adapters", MODEL, "DIR")]
-Dtype = Annotated[str | None, setting("dtype", "--dtype", MODEL, "bfloat16|float32")]
+Device = Annotated[str | None, setting("device", "--device", MODEL, "auto|cpu|cuda")]
+Dtype = Annotated[str | None, setting("dtype", "--dtype", MODEL, "bfloat16|float16|float32")]
 Quantization = Annotated[str | None, setting("quantization", "--quantization", MODEL, "int8|int4")]
 MaxModelLen = Annotated[int | None, setting("max_model_len", "--max-model-len", MODEL)]
 
@@ -51,6 +52,10 @@ MaxAdapterRank = Annotated[int | None, setting("max_adapter_rank", "--max-adapte
 AdapterRoot = Annotated[list[Path] | None, setting("adapter_root", "--adapter-root", STORE, "DIR")]
 
 Pool = Annotated[str | None, setting("pool", "--pool", MEMORY, "SIZE")]
+GpuMemoryUtilization = Annotated[
+    float | None, setting("gpu_memory_utilization", "--gpu-memory-utilization", MEMORY)
+]
+AdapterBits = Annotated[int | None, setting("adapter_bits", "--adapter-bits", MEMORY, "8|4")]
 HostAdapterRam = Annotated[
     str | None, setting("host_adapter_ram", "--host-adapter-ram", MEMORY, "SIZE")
 ]

@@ -82,8 +82,11 @@ class ServerSettings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Number format of weights and KV cache."
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where the model runs; auto takes a GPU where there is one."
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="Number format of weights and KV cache; float16 on a GPU only."
     )
     quantization: Literal["int8", "int4"] | None = Field(
         None,
@@ -97,13 +100,35 @@ class ServerSettings(BaseSettings):
         gt=0,
         description="Longest prompt plus output, in tokens; without it, the model's own.",
     )
-    max_batch_tokens: int = Field(512, gt=0, description="Tokens computed in one step.")
-    max_batch_size: int = Field(64, gt=0, description="Sequences that run at the same time.")
-    block_size: int = Field(16, gt=0, description="Tokens of KV cache in one page.")
-    pool: ByteSize = Field(
-        ByteSize(2 << 30),
+    max_batch_tokens: int | None = Field(
+        None,
         gt=0,
-        description="Memory that KV cache and resident adapters share, such as 512MiB or 2GiB.",
+        description="Tokens computed in one step. Without it, 512 on a CPU, 8192 on a GPU.",
+    )
+    max_batch_size: int | None = Field(
+        None,
+        gt=0,
+        description="Sequences that run at the same time. Without it, 64 on a CPU, 256 on a GPU.",
+    )
+    block_size: int = Field(16, gt=0, description="Tokens of KV cache in one page.")
+    pool: ByteSize | None = Field(
+        None,
+        gt=0,
+        description="Memory that KV cache and resident adapters share, such as 512MiB or 2GiB."
+        " Without it, 2GiB on a CPU, and on a GPU what --gpu-memory-utilization leaves.",
+    )
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="Share of the GPU's memory that the server takes: weights, the largest step"
+        " (measured at start), and the pool.",
+    )
+    adapter_bits: Literal[8, 4] | None = Field(
+        None,
+        description="Bits of the low-rank matrices of adapters in the pool, 8 or 4: it holds up to"
+        " two or four times as many. All adapters are rounded to them; what an adapter changes"
+        " besides stays in the dtype. Without it, the dtype's.",
     )
     host_adapter_ram: ByteSize = Field(
         ByteSize(2 << 30), gt=0, description="Host memory for adapters that are kept ready."
@@ -141,6 +166,12 @@ class ServerSettings(BaseSettings):
                 raise ValueError(f"{str(path)!r} is not a folder")
         return value
 
+    @field_validator("adapter_bits", mode="before")
+    @classmethod
+    def read_bits(cls, value: object) -> object:
+        """The environment holds text."""
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
+
     @field_validator("api_key", mode="before")
     @classmethod
     def split_keys(cls, value: object) -> object:
@@ -157,12 +188,15 @@ class ServerSettings(BaseSettings):
     @property
     def engine_config(self) -> EngineConfig:
         return EngineConfig(
+            device=self.device,
             dtype=self.dtype,
             max_model_len=self.max_model_len,
             max_batch_tokens=self.max_batch_tokens,
             max_batch_size=self.max_batch_size,
             block_size=self.block_size,
-            pool_bytes=int(self.pool),
+            pool_bytes=None if self.pool is None else int(self.pool),
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            adapter_bits=self.adapter_bits,
             host_adapter_bytes=int(self.host_adapter_ram),
             prefix_caching=self.prefix_caching,
             quantization=self.quantization,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # these import torch, which takes seconds
     from polydelta.adapters_store.upload.publisher import Publisher
     from polydelta.engine.engine import Engine
 
-MakeTier: TypeAlias = "Callable[[BaseLayout, torch.dtype], DiskTier]"
+MakeTier: TypeAlias = "Callable[[BaseLayout, torch.dtype, int | None], DiskTier]"
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +65,9 @@ def disk_tier(store: AdapterStore, settings: ServerSettings) -> MakeTier:
     from polydelta.adapters_store.disk_tier import DiskTier
 
     @cache
-    def make(layout: BaseLayout, dtype: torch.dtype) -> DiskTier:
+    def make(layout: BaseLayout, dtype: torch.dtype, bits: int | None) -> DiskTier:
         capacity = int(settings.packed_cache)
-        return DiskTier(layout, dtype, store.packed_folder, store.content, capacity)
+        return DiskTier(layout, dtype, store.packed_folder, store.content, capacity, bits)
 
     return make
 
@@ -90,13 +90,13 @@ def make_publisher(
     """What makes versions of uploads, checked against the engine's model."""
     from polydelta.adapters_store.upload.limits import UploadLimits
     from polydelta.adapters_store.upload.publisher import Publisher
-    from polydelta.engine.build import torch_dtype
+    from polydelta.engine.device import torch_dtype
 
     limits = UploadLimits(
         max_file_bytes=int(settings.max_upload),
         max_total_bytes=int(settings.max_upload),
         max_rank=settings.max_adapter_rank,
     )
-    tier = make_tier(engine.layout, torch_dtype(settings.dtype))
+    tier = make_tier(engine.layout, torch_dtype(settings.dtype), settings.adapter_bits)
     roots = (*settings.adapter_root, *settings.adapters)
     return Publisher(store, tier, engine.layout, limits, roots)

@@ -19,6 +19,7 @@ from polydelta.kernels.delta_weights import (
     LowRankWeights,
     OneBitWeights,
     SparseWeights,
+    dense,
 )
 from polydelta.kernels.reference_deltas import add_delta as add_by_reference, change_output
 
@@ -88,11 +89,12 @@ def _for_many_rows(weights: AddWeights, library: NativeLibrary | None) -> AddDel
 
 
 def _add_low_rank(weights: LowRankWeights, y: Tensor, x: Tensor) -> None:
-    shrunk = F.linear(x, weights.a)
+    """Of matrices in 8 or 4 bits, the numbers are written out each time."""
+    shrunk = F.linear(x, dense(weights.a, x.dtype))
     for block in weights.blocks:
         rank, out_features = block.b_t.shape
         columns = y.narrow(1, block.out_start, out_features)
-        columns.addmm_(shrunk.narrow(1, block.rank_start, rank), block.b_t)
+        columns.addmm_(shrunk.narrow(1, block.rank_start, rank), dense(block.b_t, x.dtype))
 
 
 def _add_sparse(weights: SparseWeights, y: Tensor, x: Tensor) -> None:

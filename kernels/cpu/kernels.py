@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polydelta.kernels import sampling
 from polydelta.kernels.cpu import attention, deltas, native
 from polydelta.kernels.cpu.linear import PackedLinear
 from polydelta.kernels.cpu.memory import lazy_zeros
@@ -27,6 +28,7 @@ from polydelta.kernels.delta_weights import AddWeights, ChangeWeights
 from polydelta.kernels.ops import AttentionShape, FusableLinear, RecordedStep, SequenceSlice
 from polydelta.kernels.page_writing import write_pages
 from polydelta.kernels.reference import CPU, DenseLinear
+from polydelta.kernels.sampling import SamplingRows
 
 
 class CpuKernels:
@@ -62,6 +64,9 @@ class CpuKernels:
 
     def argmax(self, x: Tensor) -> Tensor:
         return x.argmax(-1)
+
+    def sample(self, logits: Tensor, rows: SamplingRows) -> Tensor:
+        return sampling.sample(logits, rows)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)

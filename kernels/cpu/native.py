@@ -32,14 +32,16 @@ from polydelta.kernels.cpu.arena import Arena
 logger = logging.getLogger(__name__)
 
 # Compiled as one, in this order.
-_SOURCES = ("bfloat16.c", "low_rank.c", "deltas.c", "one_bit.c", "fusing.c")
+_SOURCES = (
+    "bfloat16.c", "low_rank.c", "quantized_low_rank.c", "deltas.c", "one_bit.c", "fusing.c",
+)  # fmt: skip
 _DECODER_SOURCES = (
     "threads.c", "lanes.c", "products.c", "quantized.c", "layers.c", "attention.c",
     "shrink_expand.c", "groups.c",
 )  # fmt: skip
 _DELTAS = (
-    "add_low_rank", "add_sparse", "add_columns", "add_rows", "add_kronecker", "add_circulant",
-    "add_top_k", "add_one_bit", "add_bias", "scale", "rotate",
+    "add_low_rank", "add_quantized_low_rank", "add_sparse", "add_columns", "add_rows",
+    "add_kronecker", "add_circulant", "add_top_k", "add_one_bit", "add_bias", "scale", "rotate",
 )  # fmt: skip
 _DECODER = (
     "multiply", "multiply_quantized", "pack", "rms_norm", "embed_positions", "silu_mul", "add",

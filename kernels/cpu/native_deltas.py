@@ -1,4 +1,5 @@
-"""Adapters' deltas bound to the compiled kernels of `low_rank.c`, `deltas.c` and `one_bit.c`."""
+"""Adapters' deltas bound to the compiled kernels of `low_rank.c`, `quantized_low_rank.c`,
+`deltas.c` and `one_bit.c`."""
 
 from __future__ import annotations
 
@@ -16,8 +17,11 @@ from polydelta.kernels.delta_weights import (
     CirculantWeights,
     ColumnsWeights,
     KroneckerWeights,
+    LowRankBlock,
     LowRankWeights,
+    Matrix,
     OneBitWeights,
+    QuantizedMatrix,
     RotateWeights,
     RowsWeights,
     ScaleWeights,
@@ -134,13 +138,24 @@ def bind(library: NativeLibrary, weights: AddWeights | ChangeWeights) -> NativeD
 
 
 def _bind_low_rank(library: NativeLibrary, weights: LowRankWeights) -> NativeDelta:
-    blocks: list[Field] = []
-    for block in weights.blocks:
-        rank, out = block.b_t.shape
-        blocks += (block.out_start, out, block.rank_start, rank, block.b_t, block.b_t.stride(0))
-    a, all_blocks = weights.a, Struct(blocks)
-    rank, widest = len(a), max(block.b_t.shape[1] for block in weights.blocks)
-    low_rank = (rank, a, a.stride(0), len(weights.blocks), all_blocks)
-    return NativeDelta(
-        library, "add_low_rank", low_rank, Scratch(per_number=1, per_row=rank, once=widest)
-    )
+    a, blocks = weights.a, Struct([f for block in weights.blocks for f in _block_fields(block)])
+    rank, widest = a.shape[0], max(block.b_t.shape[1] for block in weights.blocks)
+    low_rank = (rank, *_matrix_fields(a), len(weights.blocks), blocks)
+    if isinstance(a, QuantizedMatrix):
+        scratch = Scratch(per_number=1, per_row=rank + widest, per_column=1, once=widest)
+        return NativeDelta(library, "add_quantized_low_rank", (a.bits, *low_rank), scratch)
+    scratch = Scratch(per_number=1, per_row=rank, once=widest)
+    return NativeDelta(library, "add_low_rank", low_rank, scratch)
+
+
+def _block_fields(block: LowRankBlock) -> tuple[Field, ...]:
+    rank, out = block.b_t.shape
+    return block.out_start, out, block.rank_start, rank, *_matrix_fields(block.b_t)
+
+
+def _matrix_fields(matrix: Matrix) -> tuple[Field, ...]:
+    """Each tensor with the elements between its rows."""
+    if isinstance(matrix, QuantizedMatrix):
+        codes, scales = matrix.codes, matrix.scales
+        return codes, codes.stride(0), scales, scales.stride(0)
+    return matrix, matrix.stride(0)

@@ -44,9 +44,10 @@ def open_tier(adapter_files: Any, packed_folder: Path, content: LocalContent) ->
         capacity_bytes: int = 1 << 30,
         fingerprint: str = "tiny",
         weights_id: str = "",
+        bits: int | None = None,
     ) -> DiskTier:
         layout = replace(adapter_files.layout, fingerprint=fingerprint, weights_id=weights_id)
-        return DiskTier(layout, dtype, packed_folder, content, capacity_bytes)
+        return DiskTier(layout, dtype, packed_folder, content, capacity_bytes, bits)
 
     return open_tier
 
@@ -123,9 +124,16 @@ def test_identical_content_is_packed_once_whatever_it_is_called(
 
 
 @pytest.mark.parametrize(
-    "other", [{"dtype": torch.bfloat16}, {"fingerprint": "other"}, {"weights_id": "other"}]
+    "other",
+    [
+        {"dtype": torch.bfloat16},
+        {"fingerprint": "other"},
+        {"weights_id": "other"},
+        {"bits": 8},
+        {"bits": 4},
+    ],
 )
-def test_another_base_or_dtype_is_packed_anew_and_leaves_the_first(
+def test_another_base_dtype_or_number_of_bits_is_packed_anew_and_leaves_the_first(
     open_tier: Open, upload: Callable[..., AdapterRef], reads: list[str], other: dict[str, Any]
 ) -> None:
     ref = upload("one")

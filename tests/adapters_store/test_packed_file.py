@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from itertools import count
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -25,7 +26,12 @@ from polydelta.adapters_store.packed_file import (
     read_packed,
     write_packed,
 )
-from polydelta.adapters_store.packed_tensors import ALIGNMENT, PackedMatrix, PackedVector
+from polydelta.adapters_store.packed_tensors import (
+    ALIGNMENT,
+    PackedMatrix,
+    PackedQuantizedMatrix,
+    PackedVector,
+)
 from polydelta.adapters_store.packing import pack
 
 Make = Callable[..., PackedAdapter]
@@ -98,6 +104,10 @@ def made_up(kind: Any, numbers: Any) -> Any:
             return next(numbers)
         case _ if kind is bool:
             return next(numbers) % 2 == 0
+        case UnionType():
+            # One after the other.
+            kinds = get_args(kind)
+            return made_up(kinds[next(numbers) % len(kinds)], numbers)
         case _ if kind is torch.dtype:
             return (torch.float32, torch.int64, torch.bfloat16)[next(numbers) % 3]
         case _:
@@ -120,7 +130,8 @@ def test_every_kind_of_packed_delta_survives_whatever_it_says(tmp_path: Path) ->
     read = read_packed(tmp_path / "file")
     assert described(read) == described(packed)
     inner = {type(part) for layer in read.layers for delta in layer.deltas for part in parts(delta)}
-    assert inner >= {*get_args(PackedDelta), LowRankBlock, PackedMatrix, PackedVector}
+    matrices = {PackedMatrix, PackedQuantizedMatrix}
+    assert inner >= {*get_args(PackedDelta), *matrices, LowRankBlock, PackedVector}
 
 
 def parts(value: Any) -> list[Any]:

@@ -66,8 +66,8 @@ def _native() -> None:
 class Adapters:
     """Packs adapters that were made in memory (`AdapterLoader`)."""
 
-    def __init__(self, layout: BaseLayout, dtype: torch.dtype) -> None:
-        self._layout, self._dtype = layout, dtype
+    def __init__(self, layout: BaseLayout, dtype: torch.dtype, bits: int | None) -> None:
+        self._layout, self._dtype, self._bits = layout, dtype, bits
         self._chance = torch.Generator().manual_seed(7)
         shapes = layout.module_shapes
         every = list(shapes)
@@ -107,7 +107,7 @@ class Adapters:
         }
 
     def load(self, ref: AdapterRef) -> PackedAdapter:
-        return pack(self._adapters[ref.id], self._layout, self._dtype)
+        return pack(self._adapters[ref.id], self._layout, self._dtype, self._bits)
 
     def _randn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._chance)
@@ -361,7 +361,9 @@ def test_the_recording_that_was_not_used_for_the_longest_goes(
 
 
 def test_a_step_with_more_rows_than_are_recorded(both: Callable[..., Driver]) -> None:
-    script = {0: [(f"r{n}", {"lora-3": 1.0} if n % 2 else {}, 2, 6) for n in range(MOST_RECORDED + 1)]}
+    script = {
+        0: [(f"r{n}", {"lora-3": 1.0} if n % 2 else {}, 2, 6) for n in range(MOST_RECORDED + 1)]
+    }
     driver = both(script, ["lora-3"])
     assert driver.recorded() == []
     script = {0: [(f"r{n}", {"lora-3": 1.0} if n % 2 else {}, 2, 6) for n in range(MOST_RECORDED)]}

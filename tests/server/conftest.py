@@ -64,6 +64,7 @@ class FakeEngine:
 
     model_id = "fake-base"
     max_model_len = 64
+    max_batch_size = 64
     vocab_size = 300
 
     def __init__(self) -> None:

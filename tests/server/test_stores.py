@@ -27,6 +27,6 @@ def test_the_engine_and_uploads_share_one_disk_tier(
     monkeypatch.setattr(disk_tier_module, "DiskTier", Counted)
     settings = ServerSettings(adapters=())
     make_tier = disk_tier(store, settings)
-    loader = make_tier(engine.layout, torch.bfloat16)
+    loader = make_tier(engine.layout, torch.bfloat16, None)
     make_publisher(store, engine, settings, make_tier)
     assert made == [loader]

@@ -1,0 +1,75 @@
+"""How much of a GPU's memory is left for the pool, measured by the largest step there can be."""
+
+from __future__ import annotations
+
+import torch
+
+from polydelta.engine.models.decoder import Decoder
+from polydelta.engine.models.errors import ModelError
+from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
+from polydelta.kernels.ops import Kernels, SequenceSlice
+
+# Recorded steps keep what they compute with; so do libraries that are loaded later.
+RESERVE = 512 << 20
+
+
+def memory_for_pool(
+    decoder: Decoder,
+    kernels: Kernels,
+    block_size: int,
+    dtype: torch.dtype,
+    rows: int,
+    samples: int,
+    utilization: float,
+) -> int:
+    """Bytes. The decoder is on the GPU already.
+
+    rows, samples: of the largest step, tokens and sequences. utilization: the share of the GPU's
+    memory that this process may take, 0 to 1. Raises ModelError when nothing is left.
+    """
+    device = kernels.device
+    torch.cuda.reset_peak_memory_stats(device)
+    largest_step(decoder, kernels, block_size, dtype, rows, samples)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return share_for_pool(total, others, peak, utilization)
+
+
+def share_for_pool(total: int, others: int, peak: int, utilization: float) -> int:
+    """Bytes of a GPU with `total` that are left for the pool. others: what other processes, CUDA
+    and its libraries have; peak: of the weights and the largest step. Raises ModelError."""
+    left = int(total * utilization) - others - peak - RESERVE
+    if left <= 0:
+        gib = 1 << 30
+        raise ModelError(
+            f"No memory is left for the pool: of {total / gib:.1f} GiB, {utilization:.0%} may be "
+            f"used, others have {others / gib:.1f} GiB, and the weights with the largest step take "
+            f"{peak / gib:.1f} GiB. Raise gpu_memory_utilization, or lower max_batch_tokens."
+        )
+    return left
+
+
+@torch.inference_mode()
+def largest_step(
+    decoder: Decoder,
+    kernels: Kernels,
+    block_size: int,
+    dtype: torch.dtype,
+    rows: int,
+    samples: int,
+) -> None:
+    """A prompt of so many rows over a pool of its own, and logits for the samples."""
+    config = decoder.config
+    rows = min(rows, config.context_length)
+    num_pages = -(-rows // block_size)
+    page_bytes = kv_page_bytes(config, block_size, dtype)
+    # All layers share one layer's memory: what they compute does not matter.
+    layer = kernels.zeros(1, num_pages, page_bytes)
+    kv = PagedKV(layer.expand(config.num_layers, -1, -1), config, block_size, dtype, kernels)
+    places = torch.arange(rows, device=kernels.device)
+    kv.prepare(places, [SequenceSlice(0, rows, rows, range(num_pages))])
+    hidden = decoder.hidden_states(torch.zeros_like(places), places, kv)
+    decoder.logits(hidden[:1].expand(samples, -1).contiguous())
