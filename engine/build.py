@@ -123,6 +123,9 @@ def assemble(
         sizes.max_positions,
         limits.steps_ahead,
     )
+    runner.record_ahead(
+        limits.max_batch_size, lambda done, total: report("Recording decode steps", done, total)
+    )
 
     wake, costs, pool = threading.Event(), CostModel(), PagePool(sizes.num_pages)
     kv = KVCache(pool, config.block_size, costs, config.prefix_caching)

@@ -96,6 +96,21 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="polydelta-engine", daemon=True)
 
     @property
+    def max_batch_size(self) -> int:
+        """Sequences that run at the same time, at most."""
+        return self._scheduler.max_batch_size
+
+    @property
+    def device(self) -> str:
+        """Where the model runs: "cpu", or "cuda:0" and so on."""
+        return str(self._runner.device)
+
+    @property
+    def pool_bytes(self) -> int:
+        """What KV cache and resident adapters share."""
+        return self._runner.pool_bytes
+
+    @property
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._stopping
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polydelta.adapters_store.host_store import HostStore
-from polydelta.adapters_store.packed import PackedAdapter
+from polydelta.adapters_store.packed import PackedAdapter, PackedLayer
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.batch import AdapterRows, Batch, build_batch
 from polydelta.engine.deltas import AdapterSegment, StepDeltas, wrap_decoder
@@ -67,6 +67,7 @@ class Runner:
         self._decoder = decoder
         self._kernels = kernels
         self._block_size = block_size
+        self._dtype = dtype
         page_bytes = kv_page_bytes(config, block_size, dtype)
         # [layers, pages, page_bytes]
         self._storage = kernels.zeros(config.num_layers, num_pages, page_bytes)
@@ -81,15 +82,43 @@ class Runner:
         # The adapter that is in the base weights since the last step.
         self._was_fused: AdapterRef | None = None
         self._recorded = RecordedSteps(decoder, self._kv, self._deltas, kernels)
-        self._sampler = Sampler(config.vocab_size, kernels)
+        self._sampler = Sampler(kernels)
         self.steps_ahead = steps_ahead
         # What the last step has sampled, and the place of each sequence in it.
         self._last_tokens = torch.empty(0, dtype=torch.int64, device=kernels.device)
         self._last_places: dict[TokenSequence, int] = {}
 
+    @property
+    def device(self) -> torch.device:
+        return self._kernels.device
+
+    @property
+    def pool_bytes(self) -> int:
+        return self._storage.nbytes
+
     def enter_thread(self) -> None:
         """To be called by the thread that runs the steps, before its first."""
         self._kernels.enter_thread()
+
+    @torch.inference_mode()
+    def record_ahead(self, most_rows: int, report: Callable[[int, int], None]) -> None:
+        """Records decode steps of all sizes, with and without adapters, so that no request waits
+        for it. most_rows: sequences at the same time; report: given how many are done, of all."""
+        sizes = self._kernels.sizes_to_record(most_rows)
+        if not sizes:
+            return
+        config, device = self._decoder.config, self._kernels.device
+        nothing = PackedLayer(torch.empty(0, dtype=torch.uint8), ())
+        idle = PackedAdapter("", self._dtype, (nothing,) * config.num_layers)
+        segment = AdapterSegment(0, 1, PoolAdapter(idle, self._storage, (), self._kernels))
+        for done, rows in enumerate(sizes):
+            report(done, len(sizes))
+            for segments in ((), (segment,)):
+                batch = build_batch((), self._block_size, device).padded(rows)
+                self._kv.prepare(batch.slots, batch.slices)
+                self._deltas.begin(segments)
+                self._recorded.compute(batch)
+        report(len(sizes), len(sizes))
 
     def bind_adapter(self, packed: PackedAdapter, pages: Sequence[int]) -> PoolAdapter:
         """Copies a packed adapter into pages of the pool, in the order of `count_pages`."""

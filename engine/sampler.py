@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections import Counter
+from collections.abc import Mapping, Sequence as Seq
 
 import torch
 from torch import Tensor
 
-from polydelta.engine.request import SamplingParams, TokenLogprob
+from polydelta.engine.request import TokenLogprob
 from polydelta.engine.sequence import SampledToken, Sequence
+from polydelta.kernels.download import Download
 from polydelta.kernels.ops import Kernels
-
-# Below it the division would overflow float32, and the draw is as good as greedy anyway.
-_LOWEST_TEMPERATURE = 1e-6
-# Most nuclei are small: so many of the likeliest tokens are looked at before a full sort.
-_NUCLEUS_GUESS = 256
+from polydelta.kernels.sampling import SamplingRows
+from polydelta.kernels.upload import upload
 
 
 class SampledTokens:
-    """What was sampled in a step."""
+    """What was sampled in a step: on the device at once, on the host when it has come there."""
 
-    def __init__(self, tokens: Tensor, sampled: list[SampledToken]) -> None:
-        # [rows] int64
+    def __init__(self, tokens: Tensor, logits: Tensor, reported: Mapping[int, int]) -> None:
+        """tokens: `[rows]` int64; logits: `[rows, vocab]`. reported: rows whose log probabilities
+        are wanted, and of how many likeliest tokens beside the one that was chosen."""
         self.tokens = tokens
-        self._sampled = sampled
+        self._reported = reported
+        logprobs = _logprobs(tokens, logits, reported) if reported else ()
+        self._download = Download(tokens, *logprobs)
 
     def wait(self) -> list[SampledToken]:
-        return self._sampled
+        """In the order of the rows."""
+        tokens, *logprobs = (tensor.tolist() for tensor in self._download.wait())
+        found: dict[int, TokenLogprob] = {}
+        each = zip(self._reported.items(), *logprobs, strict=True)
+        for (row, count), chosen, values, ids in each:
+            top = zip(ids[:count], values[:count], strict=True)
+            found[row] = TokenLogprob(tokens[row], chosen, tuple(top))
+        return [SampledToken(token, found.get(row)) for row, token in enumerate(tokens)]
 
 
 class Sampler:
@@ -36,49 +45,48 @@ class Sampler:
     gives the same tokens whatever else is in the batch.
     """
 
-    def __init__(self, vocab_size: int, kernels: Kernels) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
         self._streams: dict[Sequence, torch.Generator] = {}
 
     def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> SampledTokens:
-        """logits: `[sequences, vocab]` float32, changed in place."""
+        """logits: `[sequences, vocab]` float32, changed in place. Nothing waits for the device."""
+        device = logits.device
         if not sequences:
-            return SampledTokens(torch.empty(0, dtype=torch.int64), [])
-        for row, sequence in zip(logits, sequences, strict=True):
-            self._adjust(row, sequence)
-        likeliest: list[int] = self._kernels.argmax(logits).tolist()
-        tokens: list[SampledToken] = []
-        for row, sequence, best in zip(logits, sequences, likeliest, strict=True):
-            params = sequence.request.sampling
-            token = best if params.greedy else self._draw(row, sequence)
-            tokens.append(SampledToken(token, _logprob(row, token, params)))
-        return SampledTokens(torch.tensor([t.token_id for t in tokens]), tokens)
+            return SampledTokens(torch.empty(0, dtype=torch.int64, device=device), logits, {})
+        each = [sequence.request.sampling for sequence in sequences]
+        for row, params in enumerate(each):
+            if params.penalised:
+                _penalise(logits[row], sequences[row])
+            if params.logit_bias:
+                _add_bias(logits[row], params.logit_bias)
+        tokens = self._kernels.argmax(logits)
+        random = [row for row, params in enumerate(each) if not params.greedy]
+        if random:
+            rows = upload(random, device)
+            how = self._how([sequences[row] for row in random], device)
+            tokens.index_copy_(0, rows, self._kernels.sample(logits.index_select(0, rows), how))
+        reported = {
+            row: params.logprobs for row, params in enumerate(each) if params.logprobs is not None
+        }
+        return SampledTokens(tokens, logits, reported)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence is done: its random stream ends."""
         self._streams.pop(sequence, None)
 
-    def _adjust(self, logits: Tensor, sequence: Sequence) -> None:
-        """Penalties and biases on one row, `[vocab]`, in place."""
-        params = sequence.request.sampling
-        if params.penalised:
-            _penalise(logits, sequence)
-        if params.logit_bias:
-            tokens = torch.tensor(list(params.logit_bias))
-            logits[tokens] += torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype)
+    def _how(self, sequences: Seq[Sequence], device: torch.device) -> SamplingRows:
+        each = [sequence.request.sampling for sequence in sequences]
+        columns = [
+            *(params.temperature for params in each),
+            *(params.top_k for params in each),
+            *(params.top_p for params in each),
+            *(params.min_p for params in each),
+            *(self._uniform(sequence) for sequence in sequences),
+        ]
+        return SamplingRows(*_upload_floats(columns, device, torch.float64).view(5, -1))
 
-    def _draw(self, logits: Tensor, sequence: Sequence) -> int:
-        params = sequence.request.sampling
-        probabilities = torch.softmax(logits / max(params.temperature, _LOWEST_TEMPERATURE), -1)
-        _truncate(probabilities, params)
-        # Float64: over a large vocabulary a float32 sum loses the tail.
-        cumulative = probabilities.double().cumsum(-1)
-        target = self._uniform(sequence) * cumulative[-1]
-        token = int(torch.searchsorted(cumulative, target, right=True))
-        return min(token, self._vocab_size - 1)
-
-    def _uniform(self, sequence: Sequence) -> Tensor:
+    def _uniform(self, sequence: Sequence) -> float:
         """The next number of the sequence's stream, in [0, 1)."""
         stream = self._streams.get(sequence)
         if stream is None:
@@ -88,48 +96,42 @@ class Sampler:
                 stream.seed()
             else:
                 stream.manual_seed(seed)
-        return torch.rand((), generator=stream, dtype=torch.float64)
+        return float(torch.rand((), generator=stream, dtype=torch.float64))
 
 
 def _penalise(logits: Tensor, sequence: Sequence) -> None:
+    """One row, `[vocab]`, in place."""
     params = sequence.request.sampling
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.token_ids)))
+        seen = upload(sorted(set(sequence.token_ids)), logits.device)
         values = logits[seen]
         penalty = params.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if sequence.num_output_tokens:
-        output, counts = torch.tensor(sequence.output_token_ids).unique(return_counts=True)
+        occurrences = Counter(sequence.output_token_ids)
+        output = upload(list(occurrences), logits.device)
+        counts = upload(list(occurrences.values()), logits.device)
         logits[output] -= params.presence_penalty + params.frequency_penalty * counts
 
 
-def _truncate(probabilities: Tensor, params: SamplingParams) -> None:
-    """Zeroes what top-k, top-p and min-p cut off, in this order; `[vocab]`, in place."""
-    if 0 < params.top_k < len(probabilities):
-        smallest = probabilities.topk(params.top_k).values[-1]
-        probabilities[probabilities < smallest] = 0.0
-    if params.top_p < 1.0:
-        probabilities[probabilities < _nucleus_floor(probabilities, params.top_p)] = 0.0
-    if params.min_p > 0.0:
-        probabilities[probabilities < params.min_p * probabilities.max()] = 0.0
+def _add_bias(logits: Tensor, bias: Mapping[int, float]) -> None:
+    """One row, `[vocab]`, in place."""
+    tokens = upload(list(bias), logits.device)
+    logits[tokens] += _upload_floats(list(bias.values()), logits.device, logits.dtype)
 
 
-def _nucleus_floor(probabilities: Tensor, top_p: float) -> Tensor:
-    """The smallest probability among the likeliest tokens that together reach `top_p`."""
-    needed = top_p * probabilities.sum()
-    count = min(_NUCLEUS_GUESS, len(probabilities))
-    likeliest = probabilities.topk(count).values
-    if likeliest.sum() < needed:
-        likeliest = probabilities.sort(descending=True).values
-    reached = int(torch.searchsorted(likeliest.cumsum(-1), needed))
-    return likeliest[min(reached, len(likeliest) - 1)]
+def _upload_floats(values: Seq[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return upload(torch.tensor(values, dtype=dtype), device, dtype)
 
 
-def _logprob(logits: Tensor, token: int, params: SamplingParams) -> TokenLogprob | None:
-    """Log probabilities before temperature and truncation, as OpenAI reports them."""
-    if params.logprobs is None:
-        return None
-    logprobs = torch.log_softmax(logits, -1)
-    top = logprobs.topk(params.logprobs) if params.logprobs else None
-    pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
-    return TokenLogprob(token, float(logprobs[token]), pairs)
+def _logprobs(
+    tokens: Tensor, logits: Tensor, reported: Mapping[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log probabilities before temperature and cuts, as OpenAI reports them: of the tokens that
+    were chosen in these rows, `[reported]`, and of as many of the likeliest as any row wants, with
+    their ids, `[reported, count]` each."""
+    rows = upload(list(reported), logits.device)
+    logprobs = logits.index_select(0, rows).log_softmax(-1)
+    chosen = logprobs.gather(1, tokens.index_select(0, rows)[:, None]).squeeze(1)
+    likeliest = logprobs.topk(max(reported.values()))
+    return chosen, likeliest.values, likeliest.indices

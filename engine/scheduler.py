@@ -69,6 +69,11 @@ class Scheduler:
         """The model's context window, virtual tokens of adapters included."""
         return self._limits.max_positions
 
+    @property
+    def max_batch_size(self) -> int:
+        """Sequences that run at the same time, at most."""
+        return self._limits.max_batch_size
+
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 

@@ -30,6 +30,7 @@ from polydelta.kernels.delta_weights import (
     SparseWeights,
 )
 from polydelta.kernels.quantized_weight import QuantizedWeight
+from polydelta.kernels.sampling import SamplingRows
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,9 @@ class Kernels(Protocol):
     def argmax(self, x: Tensor) -> Tensor:
         """x: `[rows, size]` float32, dense -> `[rows]` int64, where each row is largest."""
 
+    def sample(self, logits: Tensor, rows: SamplingRows) -> Tensor:
+        """logits: `[rows, vocab]` float32, dense -> token ids `[rows]` int64, drawn at random."""
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x: `[..., hidden]`, weight: `[hidden]` (arXiv:1910.07467)."""
 
@@ -170,6 +174,10 @@ class Kernels(Protocol):
     def recorded_rows(self, rows: int) -> int | None:
         """How many rows a decode step of so many is to be recorded with: those that are missing are
         added, with slots below 0 and no context. None: it is better not recorded."""
+
+    def sizes_to_record(self, most_rows: int) -> Sequence[int]:
+        """Numbers of rows, up to one for `most_rows`, that steps are to be recorded with before
+        anybody waits for them; empty where a recording costs no more than the step."""
 
     def write_pages(self, storage: Tensor, pages: Sequence[int], layers: Sequence[Tensor]) -> None:
         """Copies an adapter's bytes from host memory into pages of the pool.

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polydelta.kernels import sampling
 from polydelta.kernels.delta_groups import (
+    AdapterSites,
     AddDelta,
     ChangeOutput,
+    DeltaGroup,
     DeltaSegment,
     Linear,
     SegmentLoop,
@@ -26,10 +29,11 @@ from polydelta.kernels.delta_weights import (
     SparseWeights,
 )
 from polydelta.kernels.fusing import FusableWeight, FusedWeight, with_deltas
-from polydelta.kernels.ops import AttentionShape, SequenceSlice
+from polydelta.kernels.ops import AttentionShape, RecordedStep, SequenceSlice
 from polydelta.kernels.page_writing import write_pages
 from polydelta.kernels.quantized_weight import QuantizedWeight
 from polydelta.kernels.reference_deltas import add_delta, change_output
+from polydelta.kernels.sampling import SamplingRows
 
 CPU = torch.device("cpu")
 
@@ -89,6 +93,9 @@ class ReferenceKernels:
     def argmax(self, x: Tensor) -> Tensor:
         return x.argmax(-1)
 
+    def sample(self, logits: Tensor, rows: SamplingRows) -> Tensor:
+        return sampling.sample(logits, rows)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -116,10 +123,10 @@ class ReferenceKernels:
         shape: AttentionShape,
         sequences: Sequence[SequenceSlice],
         dtype: torch.dtype,  # noqa: ARG002 - it computes in float32 whatever the cache holds
-    ) -> ReferencePlan:
+    ) -> Any:
         return ReferencePlan(shape, sequences)
 
-    def attention(self, plan: ReferencePlan, queries: Tensor, kv: Tensor) -> Tensor:
+    def attention(self, plan: Any, queries: Tensor, kv: Tensor) -> Tensor:
         out = torch.empty_like(queries)
         shape = plan.shape
         group = shape.num_heads // shape.num_kv_heads
@@ -142,19 +149,22 @@ class ReferenceKernels:
     def change_output(self, weights: ChangeWeights) -> ChangeOutput:
         return partial(change_output, weights)
 
-    def bind_sites(self, sites: Sequence[SiteDeltas | None]) -> Sequence[SiteDeltas | None]:
+    def bind_sites(self, sites: Sequence[SiteDeltas | None]) -> AdapterSites:
         return sites
 
-    def group_deltas(self, segments: Sequence[DeltaSegment]) -> SegmentLoop:
+    def group_deltas(self, segments: Sequence[DeltaSegment]) -> DeltaGroup:
         return SegmentLoop(segments)
 
     def recorded_rows(self, rows: int) -> int | None:  # noqa: ARG002 - nothing is recorded here
         return None
 
+    def sizes_to_record(self, most_rows: int) -> Sequence[int]:  # noqa: ARG002
+        return ()
+
     def write_pages(self, storage: Tensor, pages: Sequence[int], layers: Sequence[Tensor]) -> None:
         write_pages(storage, pages, layers)
 
-    def record(self, inputs: Sequence[Any], run: Callable[[], Tensor]) -> tuple[Tensor, None]:  # noqa: ARG002
+    def record(self, inputs: Sequence[Any], run: Callable[[], Tensor]) -> tuple[Tensor, RecordedStep | None]:  # noqa: ARG002
         return run(), None
 
 

@@ -13,12 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+
+# Before anybody imports Triton, as transformers does: where there is no GPU, its interpreter runs
+# kernels on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from polydelta.adapters_store.base_layout import BaseLayout
-from polydelta.engine.build import assemble, torch_dtype
+from polydelta.engine.build import assemble
 from polydelta.engine.config import EngineConfig
+from polydelta.engine.device import torch_dtype
 from polydelta.engine.engine import Engine
 from polydelta.engine.models.base_weights import checkpoint_layout
 from polydelta.engine.models.checkpoint import Checkpoint, open_checkpoint
@@ -26,11 +33,6 @@ from polydelta.engine.models.hf_folder import HfFolder
 from polydelta.engine.models.tokenizer import Tokenizer
 from polydelta.engine.request import FinishReason, GenerationRequest, RequestOutput
 from polydelta.kernels.ops import kernels_for
-
-# Before anybody imports kernels that are written in Triton: where there is no GPU, its interpreter
-# runs them on CPU tensors.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)

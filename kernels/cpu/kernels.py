@@ -114,6 +114,9 @@ class CpuKernels:
     def recorded_rows(self, rows: int) -> int | None:  # noqa: ARG002 - nothing is recorded here
         return None
 
+    def sizes_to_record(self, most_rows: int) -> Sequence[int]:  # noqa: ARG002
+        return ()
+
     def write_pages(self, storage: Tensor, pages: Sequence[int], layers: Sequence[Tensor]) -> None:
         write_pages(storage, pages, layers)
 

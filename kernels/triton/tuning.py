@@ -20,9 +20,10 @@ def tuned(
     in_place: pointers that the kernel both reads and writes: their content is put back after each
     timed run.
     """
-    return triton.autotune(
+    decorate: Callable[[Any], Any] = triton.autotune(
         list(configs[:1] if INTERPRETED else configs),
         key=list(key),
         restore_value=list(in_place),
         cache_results=True,
     )
+    return decorate

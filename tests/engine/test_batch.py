@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from polydelta.adapters_store.composition import Share, Shares
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.batch import AdapterRows, Batch, build_batch
@@ -117,3 +119,33 @@ def test_a_step_that_samples_nothing_has_no_sampled_segments() -> None:
     batch = batch_of(scheduled(6, ONE, count=2), scheduled(6, count=3))
     assert batch.sample_rows.tolist() == []
     assert batch.sample_adapter_rows == []
+
+
+def test_rows_that_are_added_belong_to_nobody(world: type) -> None:
+    w = world()
+    w.submit(range(3), max_tokens=4)
+    w.submit(range(5, 10), max_tokens=4)
+    w.step()
+    batch = build_batch(w.scheduler.schedule(), w.block_size)
+    assert batch.decodes_only
+    padded = batch.padded(5)
+    assert padded.decodes_only
+    assert padded.tokens.tolist() == [*batch.tokens.tolist(), 0, 0, 0]
+    assert padded.slots.tolist() == [*batch.slots.tolist(), -1, -1, -1]
+    assert [(s.start, s.length, s.context) for s in padded.slices[2:]] == [
+        (2, 1, 0),
+        (3, 1, 0),
+        (4, 1, 0),
+    ]
+    assert torch.equal(padded.sample_rows, batch.sample_rows)
+    assert batch.padded(2) is batch
+
+
+def test_a_row_whose_token_is_under_way_is_named(world: type) -> None:
+    w = world(lag=1)
+    one = w.submit(range(3), max_tokens=4)
+    two = w.submit(range(5, 10), max_tokens=4)
+    w.step()
+    batch = build_batch(w.scheduler.schedule(), w.block_size)
+    assert batch.unknown == [(0, one), (1, two)]
+    assert batch.tokens.tolist() == [-1, -1]

@@ -80,9 +80,11 @@ def submit_staggered(engine: Engine, requests: list[GenerationRequest]) -> dict[
     return tokens
 
 
+@pytest.mark.parametrize("steps_ahead", [0, 1], ids=["in turns", "overlapped"])
 @pytest.mark.parametrize("seeded", [False, True], ids=["greedy", "seeded"])
 def test_answers_in_a_crowded_small_pool_equal_those_given_alone(
     seeded: bool,
+    steps_ahead: int,
     tiny_checkpoint: Checkpoint,
     adapter_writer: Callable,
     serve: Callable,
@@ -95,7 +97,11 @@ def test_answers_in_a_crowded_small_pool_equal_those_given_alone(
         assert engine.stats().preemptions == 0
     # 3 layers of 2,560-byte pages: 80 pages, of which lora-40 alone takes 36.
     with serve(
-        tiny_checkpoint, pool_bytes=80 * 3 * 2560, max_batch_tokens=24, max_batch_size=10
+        tiny_checkpoint,
+        pool_bytes=80 * 3 * 2560,
+        max_batch_tokens=24,
+        max_batch_size=10,
+        steps_ahead=steps_ahead,
     ) as engine:
         together = submit_staggered(engine, requests)
         stats = engine.stats()

@@ -36,15 +36,19 @@ def random_logits(rows: int, seed: int = 0, vocabulary: int = VOCABULARY) -> Ten
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+def sample_all(
+    logits: Tensor, rows: Seq[Sequence], sampler: Sampler | None = None
+) -> list[SampledToken]:
+    return (sampler or Sampler(ReferenceKernels())).sample(logits.clone(), rows).wait()
+
+
 def sample_one(logits: Tensor, one: Sequence, sampler: Sampler | None = None) -> SampledToken:
-    return (sampler or Sampler(len(logits), ReferenceKernels())).sample(
-        logits[None].clone(), [one]
-    )[0]
+    return sample_all(logits[None], [one], sampler)[0]
 
 
 def draws(logits: Tensor, count: int, **params: Any) -> list[int]:
     """Tokens that one sequence draws from the same logits again and again."""
-    sampler, one = Sampler(len(logits), ReferenceKernels()), sequence(seed=5, **params)
+    sampler, one = Sampler(ReferenceKernels()), sequence(seed=5, **params)
     return [sample_one(logits, one, sampler).token_id for _ in range(count)]
 
 
@@ -56,14 +60,23 @@ def adjusted(logits: Tensor, one: Sequence) -> Tensor:
 
 
 def test_an_empty_batch_has_no_tokens() -> None:
-    assert Sampler(VOCABULARY, ReferenceKernels()).sample(torch.empty(0, VOCABULARY), []) == []
+    assert sample_all(torch.empty(0, VOCABULARY), []) == []
 
 
 def test_greedy_takes_the_likeliest_token() -> None:
     logits = random_logits(6)
     rows = [sequence(temperature=0.0, top_k=3, top_p=0.2) for _ in range(6)]
-    tokens = Sampler(VOCABULARY, ReferenceKernels()).sample(logits.clone(), rows)
+    tokens = sample_all(logits, rows)
     assert [token.token_id for token in tokens] == logits.argmax(-1).tolist()
+
+
+def test_tokens_are_on_the_device_before_they_are_waited_for() -> None:
+    logits = random_logits(5)
+    rows = [sequence(temperature=float(row % 2), seed=row, logprobs=1) for row in range(5)]
+    sampled = Sampler(ReferenceKernels()).sample(logits, rows)
+    assert sampled.tokens.dtype == torch.int64
+    assert sampled.tokens.tolist() == [token.token_id for token in sampled.wait()]
+    assert sampled.wait() == sampled.wait()
 
 
 def test_rows_of_every_kind_share_a_batch() -> None:
@@ -74,9 +87,7 @@ def test_rows_of_every_kind_share_a_batch() -> None:
         {"temperature": 0.7, "seed": 2, "top_k": 5, "logprobs": 2},
         {"temperature": 0.0, "repetition_penalty": 2.0},
     ]
-    together = Sampler(VOCABULARY, ReferenceKernels()).sample(
-        logits.clone(), [sequence(**kind) for kind in kinds]
-    )
+    together = sample_all(logits, [sequence(**kind) for kind in kinds])
     alone = [sample_one(row, sequence(**kind)) for row, kind in zip(logits, kinds, strict=True)]
     assert together == alone
 
@@ -84,7 +95,7 @@ def test_rows_of_every_kind_share_a_batch() -> None:
 @pytest.mark.parametrize("others", [0, 1, 5])
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(others: int) -> None:
     logits = random_logits(12)
-    sampler, one = Sampler(VOCABULARY, ReferenceKernels()), sequence(seed=42)
+    sampler, one = Sampler(ReferenceKernels()), sequence(seed=42)
     tokens = []
     for step, row in enumerate(logits):
         neighbours = [sequence(seed=step * 10 + n) for n in range(others)]
@@ -92,8 +103,8 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(others: int)
         rows = [*neighbours[:place], one, *neighbours[place:]]
         batch = random_logits(others + 1, seed=step + 1)
         batch[place] = row
-        tokens.append(sampler.sample(batch, rows)[place].token_id)
-    sampler, again = Sampler(VOCABULARY, ReferenceKernels()), sequence(seed=42)
+        tokens.append(sample_all(batch, rows, sampler)[place].token_id)
+    sampler, again = Sampler(ReferenceKernels()), sequence(seed=42)
     assert tokens == [sample_one(row, again, sampler).token_id for row in logits]
 
 
@@ -111,7 +122,7 @@ def test_different_seeds_and_no_seed_draw_differently() -> None:
     logits = torch.zeros(VOCABULARY)
     streams = []
     for seed in (1, 2, None, None):
-        sampler, one = Sampler(VOCABULARY, ReferenceKernels()), sequence(seed=seed)
+        sampler, one = Sampler(ReferenceKernels()), sequence(seed=seed)
         streams.append(tuple(sample_one(logits, one, sampler).token_id for _ in range(10)))
     assert len(set(streams)) == 4
 
@@ -123,7 +134,7 @@ def test_seeds_at_the_ends_of_64_bits_are_taken(seed: int) -> None:
 
 def test_a_forgotten_sequence_begins_its_stream_anew() -> None:
     logits = torch.zeros(VOCABULARY)
-    sampler, one = Sampler(VOCABULARY, ReferenceKernels()), sequence(seed=3)
+    sampler, one = Sampler(ReferenceKernels()), sequence(seed=3)
     first = [sample_one(logits, one, sampler).token_id for _ in range(5)]
     sampler.forget(one)
     sampler.forget(one)
@@ -132,8 +143,8 @@ def test_a_forgotten_sequence_begins_its_stream_anew() -> None:
 
 def draw_at(number: float, logits: Tensor, one: Sequence) -> int:
     """The token that is drawn where the random stream says `number`."""
-    sampler = Sampler(len(logits), ReferenceKernels())
-    sampler._uniform = lambda _: torch.tensor(number, dtype=torch.float64)
+    sampler = Sampler(ReferenceKernels())
+    sampler._uniform = lambda _: number
     return sample_one(logits, one, sampler).token_id
 
 
@@ -326,7 +337,7 @@ def test_one_rows_penalties_and_biases_leave_the_others_alone() -> None:
         sequence([5], [6], temperature=0.0, repetition_penalty=9.0, logit_bias={1: 50.0}),
         sequence(temperature=0.0, logprobs=0),
     ]
-    tokens = Sampler(VOCABULARY, ReferenceKernels()).sample(logits.clone(), rows)
+    tokens = sample_all(logits, rows)
     for row in (0, 2):
         assert tokens[row] == sample_one(logits[row], sequence(temperature=0.0, logprobs=0))
 
@@ -341,6 +352,15 @@ def test_log_probabilities_are_those_before_temperature_and_cuts(wanted: int) ->
     best = truth.topk(wanted)
     assert [token for token, _ in logprob.top] == best.indices.tolist()
     assert [value for _, value in logprob.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_rows_that_want_different_numbers_of_log_probabilities_share_a_batch() -> None:
+    logits = random_logits(4)
+    wanted = [2, None, 0, 5]
+    rows = [sequence(temperature=0.0, logprobs=count) for count in wanted]
+    tokens = sample_all(logits, rows)
+    assert [token.logprob and len(token.logprob.top) for token in tokens] == wanted
+    assert tokens == [sample_one(row, one) for row, one in zip(logits, rows, strict=True)]
 
 
 def test_no_log_probabilities_are_reported_unless_asked_for() -> None:

@@ -20,6 +20,8 @@ MAY_IMPORT = {
     "kernels": set[str](),
     "adapters_store": set[str](),
 }
+# Builds of torch for CUDA require these, builds for a CPU do not.
+WITH_CUDA = {"triton"}
 # Libraries of the HTTP front end and of the command line.
 FRONT_END = {
     "fastapi",
@@ -148,8 +150,21 @@ def test_what_is_imported_is_a_dependency_or_required_by_one() -> None:
         for line in requires(name) or ()
         if "extra ==" not in line
     }
-    known = dependencies() | brought
+    known = dependencies() | brought | WITH_CUDA
     assert {name for name in third_party() if not distributions_of(name) & known} == set()
+
+
+def test_what_only_cuda_builds_of_torch_bring_is_imported_for_cuda_only() -> None:
+    folder = ROOT / "kernels" / "triton"
+    wrong = [
+        f"{module.relative_to(ROOT)}:{line} imports {name}"
+        for package in MAY_IMPORT
+        for module in modules(package)
+        if not module.is_relative_to(folder)
+        for line, name in imports(module)
+        if name.partition(".")[0] in WITH_CUDA
+    ]
+    assert wrong == []
 
 
 def test_every_dependency_is_imported() -> None:

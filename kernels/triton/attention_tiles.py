@@ -1,0 +1,123 @@
+"""What decode and prefill have in common: the sizes of their tiles, how a tile of paged KV is
+found, and one step of the online softmax (arXiv:1805.02867)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from polydelta.kernels.ops import AttentionShape
+from polydelta.kernels.triton.tuning import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+# Below every score and yet finite, so that rows that have seen nothing make no NaN.
+LOWEST = tl.constexpr(-1e30)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The block sizes of a kernel, and how it is compiled."""
+
+    # Rows of queries: a row is one head of one token.
+    rows: int
+    # Tokens of KV.
+    kv: int
+    # Features of a head, a power of two.
+    features: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def decode_tiles(shape: AttentionShape, dtype: torch.dtype) -> Tiles:
+    """For one token of each sequence: as many bytes in flight as two programs on a multiprocessor
+    leave room for.
+
+    Page ids are loaded one stage before the KV that they lead to; with five stages both are two
+    tiles ahead, with three or four only one.
+    """
+    features = _power_of_two(shape.head_dim)
+    rows = _power_of_two(shape.num_heads // shape.num_kv_heads)
+    # 16 KiB of keys and as many of values, less where many rows take the registers.
+    kv = max(16, min(64, 16384 // (features * dtype.itemsize), 4096 // rows))
+    many = rows * features > 4096
+    return Tiles(rows, kv, features, num_warps=8 if many else 4, num_stages=3 if many else 5)
+
+
+def prefill_tiles(shape: AttentionShape, dtype: torch.dtype) -> Tiles:
+    """For a run of tokens: what 99 KiB of shared memory hold, which every Ampere GPU has."""
+    features = _power_of_two(shape.head_dim)
+    if dtype == torch.float32:
+        # No tensor cores: small tiles, that the registers hold.
+        return Tiles(32, 16, features, 8 if features > 64 else 4, 2)
+    if features > 128:
+        return Tiles(64, 32, features, 8, 3)
+    return Tiles(128, 64, features, 8, 5)
+
+
+def constants(shape: AttentionShape, tiles: Tiles) -> dict[str, int]:
+    """What both kernels are compiled for."""
+    return {
+        "HEADS": shape.num_heads,
+        "KV_HEADS": shape.num_kv_heads,
+        "HEAD_DIM": shape.head_dim,
+        "PAGE_TOKENS": shape.block_size,
+        "BLOCK_ROWS": tiles.rows,
+        "BLOCK_KV": tiles.kv,
+        "BLOCK_DIM": tiles.features,
+    }
+
+
+def scale(shape: AttentionShape) -> float:
+    """Of the scores, which are exponents of 2."""
+    return math.log2(math.e) / math.sqrt(shape.head_dim)
+
+
+def _power_of_two(size: int) -> int:
+    """The next one, and no less than a tensor core's 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@triton.jit
+def product(a, b, sums):
+    """a @ b + sums, in float32. Triton's interpreter cannot multiply bfloat16."""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
+@triton.jit
+def key_pointers(
+    kv_ptr,
+    table_ptr,
+    tokens,
+    inside,
+    kv_head,
+    features,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+):
+    """`[BLOCK_KV, BLOCK_DIM]`: where the keys of tokens `[BLOCK_KV]` are."""
+    ROW: tl.constexpr = KV_HEADS * HEAD_DIM
+    pages = tl.load(table_ptr + tokens // PAGE_TOKENS, mask=inside, other=0)
+    rows = pages.to(tl.int64) * (2 * PAGE_TOKENS * ROW) + tokens % PAGE_TOKENS * ROW
+    return kv_ptr + (rows + kv_head * HEAD_DIM)[:, None] + features[None, :]
+
+
+@triton.jit
+def softmax_step(scores, peak, total):
+    """Scores `[rows, tokens]` join what was seen before: their weights, what the old sums are to be
+    multiplied with, the new peaks `[rows]` and the new totals `[rows]`."""
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_peak[:, None])
+    shrink = tl.exp2(peak - new_peak)
+    return weights, shrink, new_peak, total * shrink + tl.sum(weights, 1)
