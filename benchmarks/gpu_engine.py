@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_adapters import DISTINCT
 from benchmarks.gpu_clock import LAUNCHES
 from benchmarks.gpu_setup import DTYPE, Setup
 from benchmarks.made_model import made_checkpoint
@@ -31,8 +32,6 @@ from polydelta.engine.request import GenerationRequest, SamplingParams
 from polydelta.engine.runner import Runner
 from polydelta.kernels.ops import RecordedStep
 
-# Of so many adapters the bytes differ; the others have the same in pages of their own.
-DISTINCT = 4
 # Of the pool where a section needs little of it, and of adapters kept in page-locked memory.
 POOL_BYTES, HOST_BYTES = 8 << 30, 8 << 30
 

@@ -60,8 +60,10 @@ class Figure:
         return self.main or self.aim is not None or self.met is False
 
     def without_times(self) -> Figure:
-        """Those of Triton's interpreter mean nothing."""
-        return replace(self, seconds=None, floor=None, aim=None)
+        """Those of Triton's interpreter mean nothing, nor do facts about them."""
+        if self.seconds is None:
+            return self
+        return replace(self, seconds=None, floor=None, aim=None, facts={})
 
     def to_json(self) -> dict[str, Any]:
         json: dict[str, Any] = {"name": self.name}

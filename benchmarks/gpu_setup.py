@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from benchmarks.gpu_clock import Ceilings, Clock, measure_ceilings
 from polydelta.engine.models.config import ModelConfig, RopeConfig
 from polydelta.engine.paged_kv import kv_page_bytes
 from polydelta.kernels.ops import Kernels
+from polydelta.kernels.triton.kernels import TritonKernels
 
 DTYPE, BLOCK_SIZE = torch.bfloat16, 16
 
@@ -142,20 +142,10 @@ class Setup:
             torch.cuda.empty_cache()
 
 
-def make_kernels(device: torch.device) -> Kernels:
-    """Triton's, on a GPU or in Triton's interpreter."""
-    if device.type != "cuda":
-        # Before anything imports Triton's kernels.
-        os.environ["TRITON_INTERPRET"] = "1"
-    from polydelta.kernels.triton.kernels import TritonKernels
-
-    return TritonKernels(device)
-
-
 def make_setup(device: torch.device, sizes: Sizes) -> Setup:
     clock = Clock(device)
     ceilings = measure_ceilings(clock, device, sizes.copied, sizes.multiplied)
-    return Setup(device, make_kernels(device), clock, ceilings, sizes)
+    return Setup(device, TritonKernels(device), clock, ceilings, sizes)
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

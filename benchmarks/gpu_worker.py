@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from benchmarks import gpu_deltas, gpu_kernels, gpu_parity, gpu_serving
+from benchmarks import gpu_deltas, gpu_kernels, gpu_parity, gpu_serving, gpu_tuning
 from benchmarks.gpu_clock import Ceilings
 from benchmarks.gpu_figures import Figure, Section
 from benchmarks.gpu_setup import FULL, QUICK, Setup, make_setup
@@ -26,6 +27,7 @@ def parity(setup: Setup) -> Iterator[Figure]:
 # In the order in which they run.
 SECTIONS: Mapping[str, Callable[[Setup], Iterator[Figure]]] = {
     "parity": parity,
+    "tuning": gpu_tuning.tuning,
     "lora": gpu_deltas.lora,
     "lora-prefill": gpu_deltas.lora_prefill,
     "kinds": gpu_deltas.kinds,
@@ -45,6 +47,9 @@ class Worker:
 
     def __init__(self, quick: bool) -> None:
         """quick: tiny sizes."""
+        if not torch.cuda.is_available():
+            # Its process begins with it, before anything imports Triton.
+            os.environ["TRITON_INTERPRET"] = "1"
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, quick), daemon=True)

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -246,7 +247,9 @@ def main(
     ] = None,
 ) -> None:
     """Compiles all kernels and prints what they take. Ends with 1 when one failed."""
-    console, arches = Console(), sorted(set(arch or GPUS))
+    # Names are long; where there is no terminal, Rich would take 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    arches = sorted(set(arch or GPUS))
     if unknown := set(arches) - GPUS.keys():
         raise typer.BadParameter(f"sm_{unknown.pop()} is not among {', '.join(map(str, GPUS))}.")
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -64,17 +64,17 @@ class AdapterCopier:
 
 
 def in_one_piece(layers: Sequence[Tensor]) -> Tensor:
-    """All bytes in their order, `[nbytes]` uint8: a view where they are neighbours, as those that
-    the host store keeps are; else a copy."""
-    first = layers[0]
-    total, end = 0, first.data_ptr()
-    for layer in layers:
-        if len(layer) and layer.data_ptr() != end:
-            return torch.cat(list(layers))
-        total, end = total + len(layer), end + len(layer)
-    storage = first.untyped_storage()
-    if first.storage_offset() + total > storage.nbytes():
-        return torch.cat(list(layers))
+    """All bytes in their order, `[nbytes]` uint8, at least one: a view where they are neighbours,
+    as those that the host store keeps are; else a copy."""
+    whole = [layer for layer in layers if len(layer)]
+    first, end = whole[0], whole[0].data_ptr()
+    for layer in whole:
+        if layer.data_ptr() != end:
+            return torch.cat(whole)
+        end += len(layer)
+    total = end - first.data_ptr()
+    if first.storage_offset() + total > first.untyped_storage().nbytes():
+        return torch.cat(whole)
     return first.as_strided((total,), (1,))
 
 

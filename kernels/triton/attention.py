@@ -18,8 +18,16 @@ from polydelta.kernels.triton.attention_prefill import (
     prefill_constants,
     prefill_kernel,
 )
-from polydelta.kernels.triton.attention_tiles import constants, decode_tiles, prefill_tiles
+from polydelta.kernels.triton.attention_tiles import (
+    Tiles,
+    constants,
+    decode_choices,
+    decode_tiles,
+    prefill_choices,
+    prefill_tiles,
+)
 from polydelta.kernels.triton.shipping import Floor, ShippedKernel
+from polydelta.kernels.triton.tuning import Options
 
 __all__ = ["AttentionPlan", "attend", "plan", "shipped"]
 
@@ -46,12 +54,15 @@ def attend(plan: AttentionPlan, queries: Tensor, kv: Tensor) -> Tensor:
 
 def shipped() -> list[ShippedKernel]:
     """For 32 heads on 8 of KV and pages of 16 tokens."""
+    shape = _shape(128)
+    decodes = decode_choices(shape, torch.bfloat16).choices
+    prefills = prefill_choices(shape, torch.bfloat16).choices
     return [
-        _decode(128),
+        *(_decode(128, options=options) for options in decodes),
         *(_decode(size) for size in (64, 80, 96, 256)),
         _decode(128, dtype=torch.float32),
         _combine(128),
-        _prefill(128),
+        *(_prefill(128, options=options) for options in prefills),
         _prefill(128, window=4096),
         *(_prefill(size) for size in (64, 80, 96, 256)),
         _prefill(128, dtype=torch.float16),
@@ -68,13 +79,21 @@ def _name(kind: str, shape: AttentionShape, dtype: torch.dtype) -> str:
     return f"attention, {kind}, head {shape.head_dim}, {str(dtype)[6:]}{window}"
 
 
-def _decode(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> ShippedKernel:
+def _tuned(tiles: Tiles) -> str:
+    return f"{tiles.kv} tokens, {tiles.num_warps} warps, {tiles.num_stages} stages"
+
+
+def _decode(
+    head_dim: int, dtype: torch.dtype = torch.bfloat16, options: Options | None = None
+) -> ShippedKernel:
+    """options: those that are tuned, where they are not the first ones."""
     shape = _shape(head_dim)
     tiles = decode_tiles(shape, dtype)
+    tiles = tiles if options is None else Tiles.of(tiles.rows, tiles.features, options)
     pointer = _TYPES[dtype]
     tokens = 16 * 8192
     return ShippedKernel(
-        _name("decode", shape, dtype),
+        f"{_name('decode', shape, dtype)}, {_tuned(tiles)}",
         decode_kernel,
         {
             "queries_ptr": pointer, "kv_ptr": pointer, "table_ptr": "*i32", "sums_ptr": "*fp32",
@@ -111,14 +130,18 @@ def _combine(head_dim: int) -> ShippedKernel:
 
 
 def _prefill(
-    head_dim: int, dtype: torch.dtype = torch.bfloat16, window: int | None = None
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    window: int | None = None,
+    options: Options | None = None,
 ) -> ShippedKernel:
     shape = _shape(head_dim, window)
     tiles = prefill_tiles(shape, dtype)
+    tiles = tiles if options is None else Tiles.of(tiles.rows, tiles.features, options)
     pointer = _TYPES[dtype]
     tokens = 2048
     return ShippedKernel(
-        _name("prefill", shape, dtype),
+        f"{_name('prefill', shape, dtype)}, {_tuned(tiles)}",
         prefill_kernel,
         {
             "queries_ptr": pointer, "kv_ptr": pointer, "table_ptr": "*i32", "out_ptr": pointer,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from polydelta.kernels.ops import AttentionShape
-from polydelta.kernels.triton.tuning import INTERPRETED
+from polydelta.kernels.triton.tuning import INTERPRETED, Options, Tunable
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 # Below every score and yet finite, so that rows that have seen nothing make no NaN.
@@ -31,12 +31,22 @@ class Tiles:
     num_warps: int
     num_stages: int
 
+    @classmethod
+    def of(cls, rows: int, features: int, options: Options) -> Tiles:
+        return cls(rows, options["kv"], features, options["num_warps"], options["num_stages"])
+
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def decode_tiles(shape: AttentionShape, dtype: torch.dtype) -> Tiles:
+    """For one token of each sequence, as fast as is known for this GPU."""
+    rows = _power_of_two(shape.num_heads // shape.num_kv_heads)
+    return Tiles.of(rows, _power_of_two(shape.head_dim), decode_choices(shape, dtype).options())
+
+
+def decode_choices(shape: AttentionShape, dtype: torch.dtype) -> Tunable:
     """For one token of each sequence: as many bytes in flight as two programs on a multiprocessor
     leave room for.
 
@@ -48,18 +58,39 @@ def decode_tiles(shape: AttentionShape, dtype: torch.dtype) -> Tiles:
     # 16 KiB of keys and as many of values, less where many rows take the registers.
     kv = max(16, min(64, 16384 // (features * dtype.itemsize), 4096 // rows))
     many = rows * features > 4096
-    return Tiles(rows, kv, features, num_warps=8 if many else 4, num_stages=3 if many else 5)
+    if many:
+        return _tunable("decode", shape, dtype, (kv, 8, 3))
+    # Fewer bytes in flight, and more programs on a multiprocessor.
+    narrow = max(16, kv // 2)
+    return _tunable("decode", shape, dtype, (kv, 4, 5), (kv, 4, 3), (narrow, 4, 5))
 
 
 def prefill_tiles(shape: AttentionShape, dtype: torch.dtype) -> Tiles:
+    """For a run of tokens, as fast as is known for this GPU."""
+    features = _power_of_two(shape.head_dim)
+    rows = 32 if dtype == torch.float32 else 64 if features > 128 else 128
+    return Tiles.of(rows, features, prefill_choices(shape, dtype).options())
+
+
+def prefill_choices(shape: AttentionShape, dtype: torch.dtype) -> Tunable:
     """For a run of tokens: what 99 KiB of shared memory hold, which every Ampere GPU has."""
     features = _power_of_two(shape.head_dim)
     if dtype == torch.float32:
         # No tensor cores: small tiles, that the registers hold.
-        return Tiles(32, 16, features, 8 if features > 64 else 4, 2)
+        return _tunable("prefill", shape, dtype, (16, 8 if features > 64 else 4, 2))
     if features > 128:
-        return Tiles(64, 32, features, 8, 3)
-    return Tiles(128, 64, features, 8, 5)
+        return _tunable("prefill", shape, dtype, (32, 8, 3))
+    return _tunable("prefill", shape, dtype, (64, 8, 5), (64, 8, 3), (32, 8, 4))
+
+
+def _tunable(
+    kind: str, shape: AttentionShape, dtype: torch.dtype, *choices: tuple[int, int, int]
+) -> Tunable:
+    """choices: tokens of KV, warps, stages."""
+    heads = f"{shape.num_heads} heads of {shape.head_dim} on {shape.num_kv_heads}"
+    names = ("kv", "num_warps", "num_stages")
+    options = tuple(dict(zip(names, choice, strict=True)) for choice in choices)
+    return Tunable(f"attention, {kind}, {heads}, {str(dtype)[6:]}", options)
 
 
 def constants(shape: AttentionShape, tiles: Tiles) -> dict[str, int]:

@@ -12,7 +12,7 @@ from polydelta.kernels.triton.products import add_product
 CHUNK = tl.constexpr(CHUNK_BYTES)
 # Outputs, and chunks of each, at a time: of one row, and of a tile.
 ROW_OUT, ROW_CHUNKS = tl.constexpr(16), tl.constexpr(32)
-TILE_OUT, TILE_CHUNKS = tl.constexpr(64), tl.constexpr(1)
+TILE_OUT, TILE_CHUNKS = tl.constexpr(32), tl.constexpr(1)
 
 
 @triton.jit

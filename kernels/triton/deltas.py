@@ -193,7 +193,9 @@ def deltas_kernel(
                         in_features, weight, span, PAGE_GROUPS, ROWS, RANKS, TILE_IN, TILE_OUT,
                     )  # fmt: skip
                 else:
-                    columns = columns_ptr + tl.load(steps_ptr + slot) * columns_row_stride
+                    columns = (
+                        columns_ptr + tl.load(steps_ptr + slot).to(tl.int64) * columns_row_stride
+                    )
                     other_tile(
                         y, y_stride, x, x_stride, columns, columns_row_stride,
                         columns_column_stride, rows, source, record, kind, in_features, weight,

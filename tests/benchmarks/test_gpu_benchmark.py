@@ -29,7 +29,7 @@ def test_every_section_runs_and_is_right_in_the_interpreter(tmp_path: Path) -> N
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "XDG_CACHE_HOME": str(tmp_path)},
     )
     assert run.returncode == 0, run.stdout + run.stderr
     sections = {

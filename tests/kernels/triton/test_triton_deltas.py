@@ -20,8 +20,8 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Of the largest number of y; what is changed several times is rounded several times.
 TOLERANCE = {FP32: 1e-6, FP16: 2e-3, BF16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-# One row, a few that are still taken one by one, and more than a tile.
-ROWS = pytest.mark.parametrize("rows", [(1, 2), (1, 4), (2, 21)], ids=["one", "few", "many"])
+# One row, and more than a tile of them.
+ROWS = pytest.mark.parametrize("rows", [(1, 2), (2, 21)], ids=["one", "many"])
 IN, OUT = 70, 200
 
 
@@ -161,7 +161,6 @@ def test_adapters_of_all_kinds_in_one_step_with_sums(
     assert error(segments, x, y) < TOLERANCE[dtype]
 
 
-@pytest.mark.slow
 def test_a_long_prefill(adapter_pool: Any, packers: Packers, device: torch.device) -> None:
     pool, each = adapter_pool(BF16, device), kinds(packers)
     lora = pool.add([each["low rank"], each["bias"]])
