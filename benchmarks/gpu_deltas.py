@@ -54,17 +54,17 @@ KINDS: Mapping[str, Make] = {
 def lora(setup: Setup) -> Iterator[Figure]:
     """A whole decoder layer: q/k/v, o, gate/up and down, each one launch."""
     for rank in setup.sizes.ranks:
-        adapters = AdapterSet(setup, partial(_lora, rank), max(setup.sizes.batches))
+        adapters = AdapterSet(setup, partial(random_adapter, rank), max(setup.sizes.batches))
         for batch in setup.sizes.batches:
-            yield _lora_decode(adapters, f"LoRA decode, {batch} of rank {rank}", batch, LORA_AIM)
+            yield lora_decode(adapters, f"LoRA decode, {batch} of rank {rank}", batch, LORA_AIM)
     rank, batch = max(setup.sizes.ranks), min(KIND_BATCH, max(setup.sizes.batches))
     for bits in (8, 4):
-        adapters = AdapterSet(setup, partial(_lora, rank), max(setup.sizes.batches), bits)
+        adapters = AdapterSet(setup, partial(random_adapter, rank), max(setup.sizes.batches), bits)
         name = f"LoRA decode, {batch} of rank {rank} in {bits} bits"
-        yield _lora_decode(adapters, name, batch)
+        yield lora_decode(adapters, name, batch)
 
 
-def _lora_decode(adapters: AdapterSet, name: str, batch: int, aim: float | None = None) -> Figure:
+def lora_decode(adapters: AdapterSet, name: str, batch: int, aim: float | None = None) -> Figure:
     groups, linears = adapters.groups(batch), adapters.layout.linears
     seconds = {
         linear.name: adapters.seconds(groups, site, batch) for site, linear in enumerate(linears)
@@ -81,16 +81,25 @@ def _lora_decode(adapters: AdapterSet, name: str, batch: int, aim: float | None 
 
 def lora_prefill(setup: Setup) -> Iterator[Figure]:
     """A prompt cut among a few adapters."""
-    rank, tokens = max(setup.sizes.ranks), setup.sizes.prompt // PREFILL_SEGMENTS
-    adapters = AdapterSet(setup, partial(_lora, rank), PREFILL_SEGMENTS)
+    rank = max(setup.sizes.ranks)
+    adapters = AdapterSet(setup, partial(random_adapter, rank), PREFILL_SEGMENTS)
+    total = setup.sizes.prompt // PREFILL_SEGMENTS * PREFILL_SEGMENTS
+    yield measure_prefill(
+        adapters, f"LoRA prefill, {PREFILL_SEGMENTS} of rank {rank}, {total} tokens"
+    )
+
+
+def measure_prefill(adapters: AdapterSet, name: str) -> Figure:
+    setup = adapters.setup
+    tokens = setup.sizes.prompt // PREFILL_SEGMENTS
     group = adapters.group(0, PREFILL_SEGMENTS, tokens)
     sites = range(len(adapters.layout.linears))
     total = PREFILL_SEGMENTS * tokens
     seconds = sum(adapters.seconds([group], site, total) for site in sites)
     moved = total * _moved(adapters.layout) + PREFILL_SEGMENTS * adapters.nbytes
     flops = 2 * total * adapters.nbytes / DTYPE.itemsize
-    yield Figure(
-        f"LoRA prefill, {PREFILL_SEGMENTS} of rank {rank}, {total} tokens",
+    return Figure(
+        name,
         seconds,
         setup.ceilings.floor(moved, flops),
         error=max(adapters.error(site, PREFILL_SEGMENTS, tokens) for site in sites),
@@ -144,7 +153,7 @@ def _moved(layout: BaseLayout, adapter: int = 0) -> int:
     return DTYPE.itemsize * numbers + adapter
 
 
-def _lora(rank: int, layout: BaseLayout, seed: int) -> Adapter:
+def random_adapter(rank: int, layout: BaseLayout, seed: int) -> Adapter:
     return random_lora(layout, rank, seed)
 
 

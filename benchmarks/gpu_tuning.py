@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import triton
 
+from benchmarks.gpu_adapters import AdapterSet
+from benchmarks.gpu_deltas import PREFILL_SEGMENTS, lora_decode, measure_prefill, random_adapter
 from benchmarks.gpu_figures import Figure
 from benchmarks.gpu_kernels import Cache
 from benchmarks.gpu_setup import DTYPE, Setup
 from polydelta.kernels.triton.attention_tiles import decode_choices, prefill_choices
+from polydelta.kernels.triton.deltas import FEW_ROWS, MANY_ROWS, choices
 from polydelta.kernels.triton.tuning import Tunable
 
 
@@ -53,6 +57,12 @@ def _compare(trial: Trial) -> Iterator[Figure]:
 
 def _trials(setup: Setup) -> Iterator[Trial]:
     sizes = setup.sizes
+    lora = partial(random_adapter, sizes.ranks[len(sizes.ranks) // 2])
+    rows = max(size for size in sizes.batches if size <= 64)
+    adapters = AdapterSet(setup, lora, rows)
+    yield Trial(choices(FEW_ROWS), lambda name: lora_decode(adapters, name, rows))
+    few = AdapterSet(setup, lora, PREFILL_SEGMENTS)
+    yield Trial(choices(MANY_ROWS), lambda name: measure_prefill(few, name))
     batch = max(size for size in sizes.attention_batches if size <= 16)
     cache = Cache(setup, sizes.model.head_dim, batch, sizes.context)
     yield Trial(decode_choices(cache.shape, DTYPE), lambda name: cache.measure(name, batch))

@@ -164,7 +164,11 @@ class ReferenceKernels:
     def write_pages(self, storage: Tensor, pages: Sequence[int], layers: Sequence[Tensor]) -> None:
         write_pages(storage, pages, layers)
 
-    def record(self, inputs: Sequence[Any], run: Callable[[], Tensor]) -> tuple[Tensor, RecordedStep | None]:  # noqa: ARG002
+    def record(
+        self,
+        inputs: Sequence[Any],  # noqa: ARG002
+        run: Callable[[], Tensor],
+    ) -> tuple[Tensor, RecordedStep | None]:
         return run(), None
 
 

@@ -15,10 +15,10 @@ from polydelta.kernels.triton.attention_tiles import (
     Tiles,
     constants,
     key_pointers,
-    product,
     scale,
     softmax_step,
 )
+from polydelta.kernels.triton.products import add_product
 
 # Integers of a share: sequence, row of the batch, where in the table the id of page 0 is or would
 # be, context, first token seen, tokens of a chunk, first chunk, end of the chunks.
@@ -122,10 +122,10 @@ def decode_kernel(
         keys = tl.load(keys_ptr, mask=in_tile, other=0.0)
         values = tl.load(keys_ptr + PAGE_TOKENS * KV_HEADS * HEAD_DIM, mask=in_tile, other=0.0)
         nothing = tl.zeros([BLOCK_ROWS, BLOCK_KV], tl.float32)
-        scores = product(queries, tl.trans(keys), nothing) * scale
+        scores = add_product(nothing, queries, tl.trans(keys)) * scale
         scores = tl.where(inside[None, :], scores, float("-inf"))
         weights, shrink, peak, total = softmax_step(scores, peak, total)
-        sums = product(weights.to(values.dtype), values, sums * shrink[:, None])
+        sums = add_product(sums * shrink[:, None], weights.to(values.dtype), values)
         done = start + BLOCK_KV
         if (done >= stop) | ((done - first) % size == 0):
             place = (sequence.to(tl.int64) * HEADS + head) * chunks + (start - first) // size

@@ -18,10 +18,10 @@ from polydelta.kernels.triton.attention_tiles import (
     Tiles,
     constants,
     key_pointers,
-    product,
     scale,
     softmax_step,
 )
+from polydelta.kernels.triton.products import add_product
 
 # Integers of a tile before the page ids: its sequence's first row in the batch, length and context,
 # where the id of its page 0 is or would be, and the tile's first row among the sequence's.
@@ -109,13 +109,13 @@ def prefill_kernel(
         keys = tl.load(keys_ptr, mask=in_tile, other=0.0)
         values = tl.load(keys_ptr + PAGE_TOKENS * KV_HEADS * HEAD_DIM, mask=in_tile, other=0.0)
         nothing = tl.zeros([BLOCK_ROWS, BLOCK_KV], tl.float32)
-        scores = product(queries, tl.trans(keys), nothing) * scale
+        scores = add_product(nothing, queries, tl.trans(keys)) * scale
         visible = tokens[None, :] <= position[:, None]
         if WINDOW > 0:
             visible &= tokens[None, :] > position[:, None] - WINDOW
         scores = tl.where(visible & inside[None, :], scores, float("-inf"))
         weights, shrink, peak, total = softmax_step(scores, peak, total)
-        sums = product(weights.to(values.dtype), values, sums * shrink[:, None])
+        sums = add_product(sums * shrink[:, None], weights.to(values.dtype), values)
 
     # No less than 1, the weight of the highest score, but in rows that are not stored.
     mixed = sums / tl.maximum(total, 1.0)[:, None]

@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 
 from polydelta.kernels.ops import AttentionShape
-from polydelta.kernels.triton.tuning import INTERPRETED, Options, Tunable
+from polydelta.kernels.triton.tuning import Options, Tunable
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
 # Below every score and yet finite, so that rows that have seen nothing make no NaN.
 LOWEST = tl.constexpr(-1e30)
 
@@ -114,15 +113,6 @@ def scale(shape: AttentionShape) -> float:
 def _power_of_two(size: int) -> int:
     """The next one, and no less than a tensor core's 16."""
     return max(16, 1 << (size - 1).bit_length())
-
-
-@triton.jit
-def product(a, b, sums):
-    """a @ b + sums, in float32. Triton's interpreter cannot multiply bfloat16."""
-    if _INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision="ieee")
 
 
 @triton.jit

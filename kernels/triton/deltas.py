@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from polydelta.kernels.triton.delta_records import (
     other_tile,
 )
 from polydelta.kernels.triton.shipping import Floor, ShippedKernel
+from polydelta.kernels.triton.tuning import Options, Tunable
 
 SLOT_HEAD = 4
 ENTRY_WORDS = 6
@@ -45,8 +47,8 @@ RANKS = 256
 # Rows of a slot: one, or up to so many in a step of few and in one of many.
 FEW_ROWS, MANY_ROWS = 16, 64
 # Programs that a launch should have: for 132 multiprocessors, with as little of A read again as
-# that allows. It weighs more where x is longer than y.
-PROGRAMS, PROGRAMS_LONG_INPUT = 192, 128
+# that allows.
+PROGRAMS = 192
 # Columns of a span are a multiple of it.
 SPAN = 64
 
@@ -90,7 +92,11 @@ def apply_deltas(
     MANY_ROWS. Which programs are launched depends on nothing in `steps`.
     """
     in_features, out_features = x.shape[1], y.shape[1]
-    programs = PROGRAMS_LONG_INPUT if in_features > out_features else PROGRAMS
+    options = choices(rows).options()
+    programs = options["programs"]
+    if in_features > out_features:
+        # To read A again weighs more.
+        programs = programs * 2 // 3
     spans = max(1, min(programs // slots, -(-out_features // SPAN)))
     span_columns = -(-out_features // (spans * SPAN)) * SPAN
     grid = (-(-out_features // span_columns), slots)
@@ -99,8 +105,22 @@ def apply_deltas(
         y, x, columns, pool.numbers, pool.codes, pool.halves, pool.ints, pool.floats, steps,
         scratch, y.stride(0), x.stride(0), columns.stride(0), columns.stride(1),
         in_features, out_features, span_columns, site,
-        **_constants(pool.page_groups, rows), **_options(rows),
+        **_constants(pool.page_groups, rows), **_compiled_with(options),
     )  # fmt: skip
+
+
+@cache
+def choices(rows: int) -> Tunable:
+    """What is worth a try for launches with slots of so many rows."""
+    options = {"num_warps": 4 if rows == FEW_ROWS else 8, "num_stages": 2}
+    programs = (PROGRAMS, 132, 264, 396)
+    return Tunable(
+        f"adapters, slots of {rows} rows", tuple({**options, "programs": p} for p in programs)
+    )
+
+
+def _compiled_with(options: Options) -> dict[str, int]:
+    return {name: options[name] for name in ("num_warps", "num_stages")}
 
 
 def _constants(page_groups: int, rows: int) -> dict[str, int]:
@@ -108,10 +128,6 @@ def _constants(page_groups: int, rows: int) -> dict[str, int]:
     sizes = {"PAGE_GROUPS": page_groups, "ROWS": rows, "RANKS": RANKS}
     words = {"SLOT_HEAD": SLOT_HEAD, "ENTRY_WORDS": ENTRY_WORDS}
     return sizes | words | {"BLOCK_IN": 32, "BLOCK_OUT": 32, "TILE_IN": 4, "TILE_OUT": 2}
-
-
-def _options(rows: int) -> dict[str, int]:
-    return {"num_warps": 4 if rows == FEW_ROWS else 8, "num_stages": 2}
 
 
 @triton.jit(do_not_specialize=["site"])
@@ -238,5 +254,12 @@ def _shipped(name: str, dtype: str, rows: int, floor: Floor, hot: bool) -> Shipp
     constants: dict[str, Any] = _constants(1024, rows)
     aligned = tuple(n for n in signature if n not in ("columns_column_stride", "site"))
     return ShippedKernel(
-        f"{name}, {dtype}", deltas_kernel, signature, constants, floor, aligned, _options(rows), hot
+        f"{name}, {dtype}",
+        deltas_kernel,
+        signature,
+        constants,
+        floor,
+        aligned,
+        _compiled_with(choices(rows).choices[0]),
+        hot,
     )
