@@ -117,7 +117,7 @@ def requests(root: Path, **params: Any) -> list[GenerationRequest]:
                 f"{number} {name}",
                 [3 + (7 * number * place) % 200 for place in range(1, 2 + 3 * number)],
                 SamplingParams(
-                    **{"max_tokens": 3, "ignore_eos": True, "temperature": 0.0} | params
+                    **{"max_tokens": 4, "ignore_eos": True, "temperature": 0.0} | params
                 ),
                 combine(Share(catalog.resolve(one), weight) for one, weight in weights.items()),
             )
@@ -154,7 +154,7 @@ def test_answers_equal_the_cpus_in_one_batch_of_many_adapters(
     with serving(small_checkpoint, cpu) as engine:
         expected = tokens(engine, run, asked)
     # Few tokens a step, so that prompts come in pieces beside decodes.
-    with serving(small_checkpoint, kernels, max_batch_tokens=24, steps_ahead=steps_ahead) as engine:
+    with serving(small_checkpoint, kernels, max_batch_tokens=40, steps_ahead=steps_ahead) as engine:
         assert tokens(engine, run, asked) == expected
     assert CUDA or kernels.num_recorded > 4, "decode steps of more than two rows were recorded"
 

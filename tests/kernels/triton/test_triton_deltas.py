@@ -12,6 +12,7 @@ from torch import Tensor
 from polydelta.kernels.delta_groups import DeltaSegment, SegmentLoop
 from polydelta.kernels.triton import deltas
 from polydelta.kernels.triton.delta_group import PagedGroup, bind_pages, group
+from polydelta.kernels.triton.tuning import Tunable
 
 Packers = dict[str, Callable[..., Any]]
 Rows = tuple[int, int]
@@ -124,8 +125,8 @@ def test_more_inputs_and_columns_than_a_program_takes_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     # One program for all columns of y, of which a block has 16 to 512.
-    monkeypatch.setattr(deltas, "PROGRAMS", 1)
-    monkeypatch.setattr(deltas, "PROGRAMS_LONG_INPUT", 1)
+    one = Tunable("one program", ({"num_warps": 4, "num_stages": 2, "programs": 1},))
+    monkeypatch.setattr(deltas, "choices", lambda rows: one)
     in_features, out = 530, 530
     packer = {
         "low rank": packers["low_rank"](in_features, (0, out, 3)),
