@@ -80,7 +80,7 @@ class HostStore:
             if ref in self._loading:
                 self._forgotten.add(ref)
             if (packed := self._kept.pop(ref, None)) is not None:
-                self._kept_bytes -= packed.nbytes
+                self._kept_bytes -= self._size(packed)
 
     def close(self) -> None:
         """Waits for loads that have begun; those that have not fail."""
@@ -118,7 +118,13 @@ class HostStore:
 
     def _keep(self, ref: AdapterRef, packed: PackedAdapter) -> None:
         self._kept[ref] = packed
-        self._kept_bytes += packed.nbytes
+        self._kept_bytes += self._size(packed)
         while self._kept_bytes > self._capacity_bytes:
             _, oldest = self._kept.popitem(last=False)
-            self._kept_bytes -= oldest.nbytes
+            self._kept_bytes -= self._size(oldest)
+
+    def _size(self, packed: PackedAdapter) -> int:
+        """What it takes: torch gives page-locked memory in powers of two."""
+        return (
+            1 << (packed.nbytes - 1).bit_length() if self._pin and packed.nbytes else packed.nbytes
+        )

@@ -16,7 +16,7 @@ EMBEDDING_LINEAR = -2
 FINAL_NORM_INDEX = -1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class LowRankBlock:
     """What one part of a fused linear takes of the shrunk input, and the outputs that it adds to:
     `y[out_start : out_start + out_features] += (A x)[rank_start : rank_start + rank] @ b_t`."""
@@ -29,7 +29,7 @@ class LowRankBlock:
     b_t: LowRankMatrix
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedLowRank:
     """The low-rank deltas of one fused linear."""
 
@@ -40,7 +40,7 @@ class PackedLowRank:
     blocks: tuple[LowRankBlock, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedSparse:
     """The sparse deltas of one fused linear, as one CSR over its stacked output rows."""
 
@@ -55,7 +55,7 @@ class PackedSparse:
     values: PackedVector
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedColumns:
     """`y[out_start:] += x[indices] @ block_t`."""
 
@@ -67,7 +67,7 @@ class PackedColumns:
     block_t: PackedMatrix
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedRows:
     """The changed rows of all parts of a fused linear: `y[indices] += block @ x`."""
 
@@ -78,7 +78,7 @@ class PackedRows:
     block: PackedMatrix
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedOneBit:
     """`linear_deltas.OneBit` of one part."""
 
@@ -91,7 +91,7 @@ class PackedOneBit:
     scale: PackedVector
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedKronecker:
     """`linear_deltas.Kronecker` of one part."""
 
@@ -103,7 +103,7 @@ class PackedKronecker:
     right: PackedMatrix
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedCirculant:
     """`linear_deltas.Circulant` of one part."""
 
@@ -115,7 +115,7 @@ class PackedCirculant:
     kernel: PackedMatrix
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedTopK:
     """`linear_deltas.TopK` of one part."""
 
@@ -130,7 +130,7 @@ class PackedTopK:
     b_t: PackedMatrix
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedScale:
     """`y[out_start:] *= vector`, the base's output."""
 
@@ -140,7 +140,7 @@ class PackedScale:
     vector: PackedVector
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedInputScale:
     """What part `out_start : out_start + out_features` multiplies is not x but `x * vector`."""
 
@@ -153,7 +153,7 @@ class PackedInputScale:
     vector: PackedVector
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedRotate:
     """`linear_deltas.Rotate` of one part."""
 
@@ -167,7 +167,7 @@ class PackedRotate:
     partner: PackedVector
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedBias:
     """`y[out_start:] += vector`."""
 
@@ -177,7 +177,7 @@ class PackedBias:
     vector: PackedVector
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedNorm:
     """A norm's weight, replaced."""
 
@@ -187,7 +187,7 @@ class PackedNorm:
     weight: PackedVector
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedTokenRows:
     """Some of the replaced rows of the embedding or of the head."""
 
@@ -199,21 +199,21 @@ class PackedTokenRows:
     rows: PackedMatrix
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedHeadShrink:
     """A of the head's low-rank delta, `[rank, hidden]`; in the first layer."""
 
     a: PackedMatrix
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedHeadExpand:
     """B of the head's low-rank delta for some tokens."""
 
     block: LowRankBlock
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedTokenShrink:
     """A of the embedding's low-rank delta for some tokens, by token: `[tokens, rank]`."""
 
@@ -221,7 +221,7 @@ class PackedTokenShrink:
     a_t: PackedMatrix
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedTokenExpand:
     """B of the embedding's low-rank delta, `[rank, hidden]`; in the first layer."""
 

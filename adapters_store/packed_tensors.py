@@ -13,7 +13,7 @@ ALIGNMENT = 64
 BYTES_ALIGNMENT = 16
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedMatrix:
     """A matrix whose rows are padded: of signs up to BYTES_ALIGNMENT, others up to ALIGNMENT."""
 
@@ -25,7 +25,7 @@ class PackedMatrix:
     row_stride: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedQuantizedMatrix:
     """A matrix in 8 or 4 bits, as `row_codes.py` makes it."""
 
@@ -41,7 +41,7 @@ class PackedQuantizedMatrix:
 LowRankMatrix = PackedMatrix | PackedQuantizedMatrix
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PackedVector:
     """Elements one after the other."""
 

@@ -54,8 +54,9 @@ class MadeEngine:
 
     def use_graphs(self, use: bool) -> None:
         """Whether decode steps are recorded from now on."""
-        self._steps.active = use
-        self.runner._recorded.forget()
+        if use != self._steps.active:
+            self._steps.active = use
+            self.runner._recorded.forget()
 
     def add_adapters(self, rank: int, count: int) -> list[str]:
         """LoRAs on all linear layers; their names."""

@@ -82,7 +82,7 @@ SUMS: Mapping[str, Mapping[str, float]] = {
 # read in place.
 RECORDABLE = (
     "base", "LowRank", "LowRank, rank 70", "LowRank and Scale", "Sparse", "Columns", "Rows",
-    "OneBit", "Rotate", "Bias", "a sum",
+    "OneBit", "Bias", "a sum",
 )  # fmt: skip
 PROMPT_TOKENS = 23
 # Less than the prompts have together: some steps prefill and decode.

@@ -75,11 +75,11 @@ def prefill(setup: Setup) -> Iterator[Figure]:
 
 def swap(setup: Setup) -> Iterator[Figure]:
     """From page-locked memory of the host until a step can use it: copied and bound."""
-    for rank in setup.sizes.swap_ranks:
-        packed = in_memory(packed_lora(setup, rank, seed=0), pin=setup.on_gpu)
-        need = count_pages(packed, setup.sizes.page_bytes, BLOCK_SIZE).total
-        order = torch.randperm(2 * need, generator=torch.Generator().manual_seed(0)).tolist()
-        with made_engine(setup, start=False) as made:
+    with made_engine(setup, start=False) as made:
+        for rank in setup.sizes.swap_ranks:
+            packed = in_memory(packed_lora(setup, rank, seed=0), pin=setup.on_gpu)
+            need = count_pages(packed, setup.sizes.page_bytes, BLOCK_SIZE).total
+            order = torch.randperm(2 * need, generator=torch.Generator().manual_seed(0)).tolist()
             for how, pages in (("in a row", list(range(need))), ("scattered", order[:need])):
                 seconds = [_bind(setup, made, packed, pages) for _ in range(TURNS + 1)][1:]
                 name = f"rank {rank} from the host, pages {how}"

@@ -22,7 +22,7 @@ LINEARS_PER_LAYER = 4
 
 
 def adapter_places(
-    layers: Sequence[Sequence[PackedDelta]],
+    layers: Sequence[tuple[PackedDelta, ...]],
     dtype: torch.dtype,
     storage: Tensor,
     pages: Sequence[int],
@@ -33,11 +33,11 @@ def adapter_places(
     data = torch.empty(len(pages) * storage.shape[-1], dtype=torch.uint8, device="meta")
     sites: list[SitePlaces | None] = []
     # Most layers have the same deltas at the same places.
-    known: dict[int, list[SitePlaces | None]] = {}
+    known: dict[tuple[PackedDelta, ...], list[SitePlaces | None]] = {}
     for layer, deltas in enumerate(layers):
-        if id(deltas) not in known:
-            known[id(deltas)] = _layer_places(layer, deltas, data, dtype)
-        sites += [site and site.in_layer(layer) for site in known[id(deltas)]]
+        if deltas not in known:
+            known[deltas] = _layer_places(layer, deltas, data, dtype)
+        sites += [site and site.in_layer(layer) for site in known[deltas]]
     return AdapterPlaces(storage, pages, sites, dtype)
 
 

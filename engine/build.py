@@ -86,6 +86,14 @@ def assemble(
             f"quantization {config.quantization!r} and fuse_after {config.fuse_after} exclude each "
             "other: no adapter can be written into quantised weights. Leave one of them out."
         )
+    if bits is not None and device.type != "cpu":
+        raise ModelError(
+            f"quantization {config.quantization!r} is served on CPUs only: leave it out, or use "
+            "device cpu."
+        )
+    if device.type == "cuda":
+        # Of this thread; another GPU than the first may have been chosen.
+        torch.cuda.set_device(device)
     weights = Weights(
         checkpoint.tensors,
         dtype,
@@ -104,6 +112,7 @@ def assemble(
             limits.max_batch_tokens,
             limits.max_batch_size,
             config.gpu_memory_utilization,
+            fuses=config.fuse_after is not None,
         )
         sizes = _sizes(left, page_bytes, config, model)
     layout = checkpoint_layout(checkpoint, dtype)
@@ -124,7 +133,8 @@ def assemble(
         limits.steps_ahead,
     )
     runner.record_ahead(
-        limits.max_batch_size, lambda done, total: report("Recording decode steps", done, total)
+        min(limits.max_batch_size, limits.max_batch_tokens),
+        lambda done, total: report("Recording decode steps", done, total),
     )
 
     wake, costs, pool = threading.Event(), CostModel(), PagePool(sizes.num_pages)

@@ -46,7 +46,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def limits_for(device: torch.device, config: EngineConfig) -> DeviceLimits:
-    """What the config says, and the device's own where it says nothing."""
+    """What the config says, and the device's own where it says nothing. Raises ModelError."""
+    if config.steps_ahead not in (None, 0, 1):
+        raise ModelError(f"steps_ahead is {config.steps_ahead}: take 0 or 1.")
     own = _LIMITS[device.type]
     return DeviceLimits(
         own.max_batch_tokens if config.max_batch_tokens is None else config.max_batch_tokens,

@@ -6,11 +6,14 @@ import torch
 
 from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.models.errors import ModelError
+from polydelta.engine.models.layers import fused_linears
 from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
 from polydelta.kernels.ops import Kernels, SequenceSlice
+from polydelta.kernels.sampling import SamplingRows
 
-# Recorded steps keep what they compute with; so do libraries that are loaded later.
-RESERVE = 512 << 20
+# Recorded steps keep what they compute with and what they read (256 rows of Llama 3 8B: 0.7 GiB);
+# adapters on their way to the pool take half a GiB; libraries that are loaded later, some.
+RESERVE = 3 << 29
 
 
 def memory_for_pool(
@@ -21,11 +24,13 @@ def memory_for_pool(
     rows: int,
     samples: int,
     utilization: float,
+    fuses: bool,
 ) -> int:
-    """Bytes. The decoder is on the GPU already.
+    """Bytes. The decoder is on the GPU already, and nothing is wrapped around it.
 
     rows, samples: of the largest step, tokens and sequences. utilization: the share of the GPU's
-    memory that this process may take, 0 to 1. Raises ModelError when nothing is left.
+    memory that this process may take, 0 to 1. fuses: whether adapters are fused, which takes a
+    second copy of all linear layers. Raises ModelError when nothing is left.
     """
     device = kernels.device
     torch.cuda.reset_peak_memory_stats(device)
@@ -35,7 +40,15 @@ def memory_for_pool(
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
-    return share_for_pool(total, others, peak, utilization)
+    kept = _bytes_of_linears(decoder, dtype) if fuses else 0
+    return share_for_pool(total, others, peak + kept, utilization)
+
+
+def _bytes_of_linears(decoder: Decoder, dtype: torch.dtype) -> int:
+    """Of all decoder layers; one more in float32, in which the sums are made."""
+    linears = fused_linears(decoder.config)
+    layer = sum(linear.in_features * linear.out_features for linear in linears)
+    return layer * (decoder.config.num_layers * dtype.itemsize + torch.float32.itemsize)
 
 
 def share_for_pool(total: int, others: int, peak: int, utilization: float) -> int:
@@ -72,4 +85,7 @@ def largest_step(
     places = torch.arange(rows, device=kernels.device)
     kv.prepare(places, [SequenceSlice(0, rows, rows, range(num_pages))])
     hidden = decoder.hidden_states(torch.zeros_like(places), places, kv)
-    decoder.logits(hidden[:1].expand(samples, -1).contiguous())
+    logits = decoder.logits(hidden[:1].expand(samples, -1).contiguous())
+    half = torch.full((samples,), 0.5, dtype=torch.float64, device=kernels.device)
+    kernels.sample(logits, SamplingRows(half, torch.zeros_like(half), half, half * 0, half))
+    torch.log_softmax(logits, -1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from polydelta.adapters_store.packed import PackedAdapter, PackedLayer
@@ -20,6 +19,7 @@ from polydelta.engine.token_deltas import (
 )
 from polydelta.kernels.delta_groups import AdapterSites, SiteDeltas
 from polydelta.kernels.ops import Kernels, PagedKernels
+from polydelta.kernels.upload import upload
 
 
 def linear_site(layer: int, index: int) -> int:
@@ -31,8 +31,8 @@ class PoolAdapter:
     """An adapter whose packed bytes lie in pages of the pool.
 
     Where the pages are one run, kernels get views of the pool, made once. Where they are not, the
-    layer at hand is copied together when a step comes to it, but for kernels that read through page
-    tables.
+    layer at hand is copied together when a step comes to it. Kernels that read through page tables
+    need neither, but for rare kinds of deltas.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class PoolAdapter:
         self._kernels = kernels
         self._dtype = packed.dtype
         self._storage = storage
-        self._pages = torch.tensor(pages, dtype=torch.int64).to(storage.device)
+        self._pages = upload(pages, storage.device)
         # What lies in each layer, without the host's copy of the bytes.
         self._deltas = [layer.deltas for layer in packed.layers]
         # What is bound. Of scattered pages: the layer at hand, and tokens never.
@@ -56,16 +56,15 @@ class PoolAdapter:
         self._in_one_run = list(pages) == list(range(self._first, self._first + len(pages)))
         kernels.write_pages(storage, pages, [layer.data for layer in packed.layers])
         if self._in_one_run:
-            self._layers = {layer: self._bind(layer) for layer in range(len(packed.layers))}
             self._tokens = self._of_tokens()
         # What it does to the outputs of linear layers, by `linear_site`.
         self.sites: AdapterSites = _BoundSites(self)
-        if self._in_one_run:
-            count = linear_site(len(packed.layers), 0)
-            self.sites = kernels.bind_sites([self.sites[site] for site in range(count)])
         if isinstance(kernels, PagedKernels):
             places = adapter_places(self._deltas, packed.dtype, storage, pages)
             self.sites = kernels.bind_pages(places, self.sites)
+        elif self._in_one_run:
+            count = linear_site(len(packed.layers), 0)
+            self.sites = kernels.bind_sites([self.sites[site] for site in range(count)])
 
     def linear(self, layer: int, index: int) -> LinearDeltas | None:
         """What it does to one linear layer, by its index in `BaseLayout.linears`."""
@@ -99,7 +98,8 @@ class PoolAdapter:
 
     def _layer(self, layer: int) -> LayerDeltas:
         if layer not in self._layers:
-            self._layers = {layer: self._bind(layer)}
+            kept = self._layers if self._in_one_run else {}
+            self._layers = {**kept, layer: self._bind(layer)}
         return self._layers[layer]
 
     def _bind(self, layer: int) -> LayerDeltas:

@@ -21,7 +21,7 @@ def fill_prefix(
     places = range(prefix.num_tokens)
     device = kv.device
     slots = upload([pages[p // block_size] * block_size + p % block_size for p in places], device)
-    prepared = prefix.values.to(device)
+    prepared = prefix.values.to(device, non_blocking=True)
     if prefix.embedded:
         whole = SequenceSlice(0, len(places), len(places), pages)
         kv.prepare(slots, [whole])

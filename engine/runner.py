@@ -10,7 +10,10 @@ from torch import Tensor
 
 from polydelta.adapters_store.host_store import HostStore
 from polydelta.adapters_store.packed import PackedAdapter, PackedLayer
+from polydelta.adapters_store.packed_deltas import PackedBias
+from polydelta.adapters_store.packed_tensors import PackedVector
 from polydelta.adapters_store.reference import AdapterRef
+from polydelta.engine.adapter_places import LINEARS_PER_LAYER
 from polydelta.engine.batch import AdapterRows, Batch, build_batch
 from polydelta.engine.deltas import AdapterSegment, StepDeltas, wrap_decoder
 from polydelta.engine.fusion import Fusion, fusable_linears
@@ -23,7 +26,7 @@ from polydelta.engine.prefix_kv import fill_prefix
 from polydelta.engine.recorded_steps import RecordedSteps
 from polydelta.engine.sampler import SampledTokens, Sampler
 from polydelta.engine.sequence import SampledToken, Schedule, Sequence as TokenSequence
-from polydelta.kernels.ops import Kernels
+from polydelta.kernels.ops import Kernels, SequenceSlice
 from polydelta.kernels.upload import upload
 
 
@@ -102,22 +105,33 @@ class Runner:
 
     @torch.inference_mode()
     def record_ahead(self, most_rows: int, report: Callable[[int, int], None]) -> None:
-        """Records decode steps of all sizes, with and without adapters, so that no request waits
-        for it. most_rows: sequences at the same time; report: given how many are done, of all."""
+        """Records decode steps of all sizes, with and without adapters, and computes a prefill, so
+        that no request waits for what is compiled. most_rows: sequences at the same time; report:
+        given how many are done, of all."""
         sizes = self._kernels.sizes_to_record(most_rows)
         if not sizes:
             return
         config, device = self._decoder.config, self._kernels.device
-        nothing = PackedLayer(torch.empty(0, dtype=torch.uint8), ())
-        idle = PackedAdapter("", self._dtype, (nothing,) * config.num_layers)
-        segment = AdapterSegment(0, 1, PoolAdapter(idle, self._storage, (), self._kernels))
+        # A bias of zero for one column of each linear layer, read from a page that is still empty.
+        zero = PackedVector(0, 1, torch.float32)
+        biases = tuple(PackedBias(linear, 0, zero) for linear in range(LINEARS_PER_LAYER))
+        layer = PackedLayer(torch.empty(0, dtype=torch.uint8), biases)
+        packed = PackedAdapter("", self._dtype, (layer,) * config.num_layers)
+        idle = PoolAdapter(packed, self._storage, (0,), self._kernels)
         for done, rows in enumerate(sizes):
             report(done, len(sizes))
-            for segments in ((), (segment,)):
-                batch = build_batch((), self._block_size, device).padded(rows)
+            batch = build_batch((), self._block_size, device).padded(rows)
+            for segments in ((), (AdapterSegment(0, 1, idle),)):
                 self._kv.prepare(batch.slots, batch.slices)
                 self._deltas.begin(segments)
                 self._recorded.compute(batch)
+        # More rows than any recording has.
+        rows = min(max(sizes) + 1, self._storage.shape[1] * self._block_size)
+        pages = range(-(-rows // self._block_size))
+        batch = build_batch((), self._block_size, device).padded(rows)
+        self._kv.prepare(batch.slots, [SequenceSlice(0, rows, rows, pages)])
+        self._deltas.begin([AdapterSegment(0, rows, idle)])
+        self._decoder.hidden_states(batch.tokens, batch.positions, self._kv)
         report(len(sizes), len(sizes))
 
     def bind_adapter(self, packed: PackedAdapter, pages: Sequence[int]) -> PoolAdapter:

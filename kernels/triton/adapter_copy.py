@@ -7,7 +7,9 @@ step under way may still use, and nobody waits for a copy but the steps that com
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -21,6 +23,8 @@ from polydelta.kernels.upload import upload
 # Of what is copied at a time; layers and pages are multiples of 64 bytes.
 _WORD = torch.int64
 _BLOCK = 1024
+# Bytes on the device that wait to be cut over pages; one larger adapter goes alone.
+_STAGED = 512 << 20
 
 
 class AdapterCopier:
@@ -28,13 +32,15 @@ class AdapterCopier:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Bytes of each copy that is staged, and the end of the launch that reads them.
+        self._under_way: deque[tuple[int, torch.cuda.Event]] = deque()
 
     def write_pages(self, storage: Tensor, pages: Sequence[int], layers: Sequence[Tensor]) -> None:
         """See `ops.Kernels.write_pages`."""
         sizes = [len(layer) for layer in layers]
         if not sum(sizes):
             return
+        self._make_room(sum(sizes))
         staged = self._staged(in_one_piece(layers))
         starts = [start // _WORD.itemsize for start in accumulate(sizes, initial=0)]
         # [pages + layers + 1]
@@ -49,10 +55,25 @@ class AdapterCopier:
             PAGE=storage.shape[2] // _WORD.itemsize,
             BLOCK=_BLOCK,
         )
+        if self._device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+            self._under_way.append((sum(sizes), done))
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
+
+    def _make_room(self, nbytes: int) -> None:
+        """Waits for the oldest copies, where many adapters come at once."""
+        while self._under_way and self._under_way[0][1].query():
+            self._under_way.popleft()
+        while self._under_way and sum(size for size, _ in self._under_way) + nbytes > _STAGED:
+            self._under_way.popleft()[1].synchronize()
 
     def _staged(self, data: Tensor) -> Tensor:
         """On the device; what is launched from now on waits until it is there."""
-        if self._stream is None:
+        if self._device.type != "cuda":
             return data.to(self._device)
         computing = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):

@@ -46,11 +46,12 @@ SLOT_WORDS = SLOT_HEAD + ENTRY_WORDS
 RANKS = 256
 # Rows of a slot: one, or up to so many in a step of few and in one of many.
 FEW_ROWS, MANY_ROWS = 16, 64
-# Programs that a launch should have: for 132 multiprocessors, with as little of A read again as
-# that allows.
-PROGRAMS = 192
-# Columns of a span are a multiple of it.
-SPAN = 64
+# Programs that a launch should have: one for each of 132 multiprocessors, whose registers hold no
+# more. One more would be a second wave, and each reads A again.
+PROGRAMS = 132
+# Columns of a span are a multiple of a power of two between these: so few spans have columns of two
+# parts of a fused layer, whose inputs are shrunk twice.
+SPAN, WIDE_SPAN = 64, 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +94,9 @@ def apply_deltas(
     """
     in_features, out_features = x.shape[1], y.shape[1]
     options = choices(rows).options()
-    programs = options["programs"]
-    if in_features > out_features:
-        # To read A again weighs more.
-        programs = programs * 2 // 3
-    spans = max(1, min(programs // slots, -(-out_features // SPAN)))
-    span_columns = -(-out_features // (spans * SPAN)) * SPAN
+    wide = -(-out_features // max(1, options["programs"] // slots))
+    step = min(WIDE_SPAN, max(SPAN, triton.next_power_of_2(wide)))
+    span_columns = -(-wide // step) * step
     grid = (-(-out_features // span_columns), slots)
     scratch = torch.empty(grid[0] * slots * rows * RANKS, dtype=torch.float32, device=y.device)
     deltas_kernel[grid](
@@ -112,8 +110,8 @@ def apply_deltas(
 @cache
 def choices(rows: int) -> Tunable:
     """What is worth a try for launches with slots of so many rows."""
-    options = {"num_warps": 4 if rows == FEW_ROWS else 8, "num_stages": 2}
-    programs = (PROGRAMS, 132, 264, 396)
+    options = {"num_warps": 8, "num_stages": 2}
+    programs = (PROGRAMS, 96, 192, 264)
     return Tunable(
         f"adapters, slots of {rows} rows", tuple({**options, "programs": p} for p in programs)
     )
@@ -124,13 +122,15 @@ def _compiled_with(options: Options) -> dict[str, int]:
 
 
 def _constants(page_groups: int, rows: int) -> dict[str, int]:
-    """Blocks are counted in groups of 64 bytes."""
+    """Blocks are counted in groups of 64 bytes. Of one row, all that the registers hold is loaded
+    at once: each turn of the loop over A waits for a look-up and for the weights."""
+    wide = 64 if rows == FEW_ROWS else 32
     sizes = {"PAGE_GROUPS": page_groups, "ROWS": rows, "RANKS": RANKS}
     words = {"SLOT_HEAD": SLOT_HEAD, "ENTRY_WORDS": ENTRY_WORDS}
-    return sizes | words | {"BLOCK_IN": 32, "BLOCK_OUT": 32, "TILE_IN": 4, "TILE_OUT": 2}
+    return sizes | words | {"BLOCK_IN": wide, "BLOCK_OUT": wide, "TILE_IN": 4, "TILE_OUT": 2}
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=["site", "columns_column_stride"])
 def deltas_kernel(
     y_ptr,
     x_ptr,

@@ -210,7 +210,7 @@ def _shipped_gather(count: int, size: int) -> ShippedKernel:
         | {"stride": "i32"},
         {"SIZE": size, "ROWS": tile_rows, "BLOCK": block},
         Floor(f"{count} rows", count * (2 * 2 * size + 8)),
-        aligned=("table_ptr", "rows_ptr", "out_ptr", "stride"),
+        aligned=("table_ptr", "out_ptr", "stride"),
         options={"num_warps": 4},
     )
 

@@ -121,7 +121,7 @@ def silu_mul_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
     tl.store(out_ptr + token * size + column, out, mask=here)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["rows_ptr"])
 def gather_kernel(
     table_ptr,
     rows_ptr,

@@ -33,6 +33,8 @@ class TritonKernels(ReferenceKernels):
     """
 
     def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         super().__init__(device)
         self._copier = AdapterCopier(device)
         self._graphs = GraphRecorder(RECORDED_ROWS[-1])

@@ -102,7 +102,11 @@ def _pick(weights, places, before, target):
     return tl.min(tl.where((weights > 0) & (cumulative > target), places, last), 0)
 
 
-@triton.jit
+# The columns are parts of one upload, and begin at any multiple of 8 bytes.
+_ANYWHERE = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniform_ptr"]
+
+
+@triton.jit(do_not_specialize_on_alignment=_ANYWHERE)
 def _sample(
     logits_ptr,
     temperature_ptr,
@@ -173,12 +177,11 @@ def shipped() -> list[ShippedKernel]:
 
 
 def _shipped(rows: int, size: int) -> ShippedKernel:
-    columns = ("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniform_ptr")
     return ShippedKernel(
         f"sample, vocabulary of {size}",
         _sample,
         {"logits_ptr": "*fp32"}
-        | dict.fromkeys(columns, "*fp64")
+        | dict.fromkeys(_ANYWHERE, "*fp64")
         | {"tokens_ptr": "*i64", "row_stride": "i32", "size": "i32"},
         {
             "LOWEST": LOWEST_TEMPERATURE,

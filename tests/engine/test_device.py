@@ -45,6 +45,11 @@ def test_limits_that_are_set_hold_on_every_device() -> None:
         assert (limits.pool_bytes, limits.steps_ahead) == (5, 0)
 
 
+def test_more_steps_ahead_than_one_are_refused() -> None:
+    with pytest.raises(ModelError, match="steps_ahead is 2: take 0 or 1"):
+        limits_for(GPU, EngineConfig(steps_ahead=2))
+
+
 def test_float16_needs_a_gpu() -> None:
     assert dtype_on(GPU, "float16") is torch.float16
     with pytest.raises(ModelError, match="'float16' needs a GPU: on a CPU use bfloat16"):

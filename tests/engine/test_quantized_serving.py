@@ -125,6 +125,13 @@ def test_what_cannot_be_quantised_is_said_at_the_start(
         assemble(tiny_checkpoint, config, kernels)
 
 
+def test_quantised_weights_are_refused_on_a_gpu(tiny_checkpoint: Checkpoint) -> None:
+    config = EngineConfig(quantization="int4", pool_bytes=1 << 20)
+    kernels = kernels_for(torch.device("cuda", 0), torch.bfloat16)
+    with pytest.raises(ModelError, match="'int4' is served on CPUs only: leave it out"):
+        assemble(tiny_checkpoint, config, kernels)
+
+
 def test_weights_that_cannot_be_rounded_are_named(tiny_checkpoint: Checkpoint) -> None:
     class Broken(RoundedTensors):
         def read(self, name: str) -> Tensor:

@@ -140,4 +140,7 @@ def test_the_gate_is_the_first_half(near: Near) -> None:
 
 def test_each_device_has_its_kernels() -> None:
     assert type(kernels_for(torch.device("cpu"), torch.float32)).__name__ == "CpuKernels"
-    assert type(kernels_for(torch.device("meta"), torch.float32)) is ReferenceKernels
+    # No GPU is touched before there is something to do.
+    on_gpu = kernels_for(torch.device("cuda", 0), torch.float32)
+    assert type(on_gpu).__name__ == "TritonKernels"
+    assert on_gpu.device == torch.device("cuda", 0)

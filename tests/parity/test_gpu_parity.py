@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from benchmarks.gpu_figures import Figure
-from benchmarks.gpu_parity import RECORDABLE, SUMS, compare, made_adapters
+from benchmarks.gpu_parity import BLOCK_SIZE, RECORDABLE, SUMS, compare, made_adapters
 from benchmarks.gpu_setup import FULL, QUICK
 from polydelta.adapters_store.delta_kinds import KINDS, NOT_SERVED
+from polydelta.adapters_store.packing import pack
+from polydelta.engine.deltas import AdapterSegment, StepDeltas
 from polydelta.engine.models.decoder import base_layout
+from polydelta.engine.paged_kv import kv_page_bytes
+from polydelta.engine.pool_adapter import PoolAdapter
 
 
 def check(figures: list[Figure]) -> None:
@@ -41,3 +45,19 @@ def test_tritons_interpreter_gives_the_cpus_answers_with_all_kinds_of_delta() ->
 def test_all_kinds_that_are_served_are_compared() -> None:
     adapters = made_adapters(base_layout(QUICK.parity_model, "made")).values()
     assert {kind for adapter in adapters for kind in adapter.kinds} == set(KINDS) - NOT_SERVED
+
+
+def test_a_batch_of_what_is_called_recordable_is_recorded() -> None:
+    from polydelta.kernels.triton.kernels import TritonKernels
+
+    model, kernels = QUICK.parity_model, TritonKernels(torch.device("cpu"))
+    layout = base_layout(model, "made")
+    storage = kernels.zeros(model.num_layers, 64, kv_page_bytes(model, BLOCK_SIZE, torch.float32))
+    for name, adapter in made_adapters(layout).items():
+        packed = pack(adapter, layout, torch.float32)
+        pages = range(-(-packed.bytes_per_layer // storage.shape[-1]))
+        bound = PoolAdapter(packed, storage, pages, kernels)
+        deltas = StepDeltas(kernels)
+        deltas.begin([AdapterSegment(0, 1, bound)])
+        recorded = deltas.only_outputs and deltas.group is not None and deltas.group.recordable
+        assert recorded or name not in RECORDABLE, name
