@@ -8,7 +8,7 @@ import triton.language as tl
 from polydelta.kernels.triton.delta_pages import add_to, in_vector, load_ints
 
 # Outputs, and entries of each, that are read at a time: of one row, and of a tile.
-ROW_OUT, ROW_ENTRIES = tl.constexpr(32), tl.constexpr(64)
+ROW_OUT, ROW_ENTRIES = tl.constexpr(64), tl.constexpr(64)
 TILE_OUT, TILE_ENTRIES = tl.constexpr(16), tl.constexpr(4)
 
 
