@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,11 +29,11 @@ from polydelta.kernels.delta_weights import (
     SparseWeights,
 )
 from polydelta.kernels.fusing import FusableWeight, FusedWeight, with_deltas
-from polydelta.kernels.ops import AttentionShape, RecordedStep, SequenceSlice
-from polydelta.kernels.page_writing import write_pages
+from polydelta.kernels.ops import AttentionShape, SequenceSlice
 from polydelta.kernels.quantized_weight import QuantizedWeight
 from polydelta.kernels.reference_deltas import add_delta, change_output
 from polydelta.kernels.sampling import SamplingRows
+from polydelta.kernels.unrecorded import Unrecorded
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ class DenseLinear(FusableWeight):
         return FusedWeight(self, with_deltas(self.base, deltas))
 
 
-class ReferenceKernels:
+class ReferenceKernels(Unrecorded):
     """The truth that faster kernels are tested against; runs on any device."""
 
     def __init__(self, device: torch.device = CPU) -> None:
@@ -154,22 +154,6 @@ class ReferenceKernels:
 
     def group_deltas(self, segments: Sequence[DeltaSegment]) -> DeltaGroup:
         return SegmentLoop(segments)
-
-    def recorded_rows(self, rows: int) -> int | None:  # noqa: ARG002 - nothing is recorded here
-        return None
-
-    def sizes_to_record(self, most_rows: int) -> Sequence[int]:  # noqa: ARG002
-        return ()
-
-    def write_pages(self, storage: Tensor, pages: Sequence[int], layers: Sequence[Tensor]) -> None:
-        write_pages(storage, pages, layers)
-
-    def record(
-        self,
-        inputs: Sequence[Any],  # noqa: ARG002
-        run: Callable[[], Tensor],
-    ) -> tuple[Tensor, RecordedStep | None]:
-        return run(), None
 
 
 def visible(sequence: SequenceSlice, window: int | None, device: torch.device) -> Tensor:

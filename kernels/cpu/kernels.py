@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +24,13 @@ from polydelta.kernels.delta_groups import (
     SiteDeltas,
 )
 from polydelta.kernels.delta_weights import AddWeights, ChangeWeights
-from polydelta.kernels.ops import AttentionShape, FusableLinear, RecordedStep, SequenceSlice
-from polydelta.kernels.page_writing import write_pages
+from polydelta.kernels.ops import AttentionShape, FusableLinear, SequenceSlice
 from polydelta.kernels.reference import CPU, DenseLinear
 from polydelta.kernels.sampling import SamplingRows
+from polydelta.kernels.unrecorded import Unrecorded
 
 
-class CpuKernels:
+class CpuKernels(Unrecorded):
     """oneDNN products on packed weights, torch's flash attention over gathered pages, and a kernel
     of our own for small deltas where there is a C compiler."""
 
@@ -110,19 +109,3 @@ class CpuKernels:
 
     def group_deltas(self, segments: Sequence[DeltaSegment]) -> DeltaGroup:
         return SegmentLoop(segments)
-
-    def recorded_rows(self, rows: int) -> int | None:  # noqa: ARG002 - nothing is recorded here
-        return None
-
-    def sizes_to_record(self, most_rows: int) -> Sequence[int]:  # noqa: ARG002
-        return ()
-
-    def write_pages(self, storage: Tensor, pages: Sequence[int], layers: Sequence[Tensor]) -> None:
-        write_pages(storage, pages, layers)
-
-    def record(
-        self,
-        inputs: Sequence[Any],  # noqa: ARG002
-        run: Callable[[], Tensor],
-    ) -> tuple[Tensor, RecordedStep | None]:
-        return run(), None
