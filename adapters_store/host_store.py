@@ -125,6 +125,6 @@ class HostStore:
 
     def _size(self, packed: PackedAdapter) -> int:
         """What it takes: torch gives page-locked memory in powers of two."""
-        return (
-            1 << (packed.nbytes - 1).bit_length() if self._pin and packed.nbytes else packed.nbytes
-        )
+        if not self._pin or not packed.nbytes:
+            return packed.nbytes
+        return 1 << (packed.nbytes - 1).bit_length()

@@ -97,7 +97,8 @@ def main(
         typer.Option(help="Where the JSON result goes; by default into results/, if not --quick."),
     ] = None,
 ) -> None:
-    """Measures, and prints a table of what has an aim. Ends with 1 when a section failed."""
+    """Measures, and prints a table of what has an aim. Ends with 1 when a section failed, or
+    a result was wrong."""
     console, began = Console(), time.perf_counter()
     names = [name.strip() for name in sections.split(",") if name.strip()] or list(SECTIONS)
     if unknown := [name for name in names if name not in SECTIONS]:
@@ -124,7 +125,9 @@ def main(
     if output is not None:
         output.parent.mkdir(exist_ok=True)
         output.write_text(json.dumps(result, indent=2) + "\n")
-    raise typer.Exit(int(any(section.error is not None for section in done)))
+    figures = [figure for section in done for figure in section.figures]
+    failed = any(section.error is not None for section in done)
+    raise typer.Exit(int(failed or any(figure.is_wrong for figure in figures)))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,12 @@ class Figure:
         return all(checks) if checks else None
 
     @property
+    def is_wrong(self) -> bool:
+        """Whether it differs from the reference, however fast it is."""
+        # Not a number is not small, either.
+        return self.agrees is False or (self.error is not None and not self.error <= TOLERANCE)
+
+    @property
     def is_main(self) -> bool:
         """Whether the table at the end has it: what has an aim, or is wrong."""
         return self.main or self.aim is not None or self.met is False

@@ -23,8 +23,8 @@ class EngineConfig:
     steps_ahead: int | None = None
     # Tokens of KV in one page.
     block_size: int = 16
-    # The one pool that KV and adapters share; None takes 2 GiB, or on a GPU what the next line
-    # leaves.
+    # The one pool that KV and adapters share; None takes 2 GiB, or on a GPU what
+    # gpu_memory_utilization leaves.
     pool_bytes: int | None = None
     # Share of the GPU's memory that may be taken, 0 to 1.
     gpu_memory_utilization: float = 0.9

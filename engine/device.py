@@ -24,8 +24,8 @@ class DeviceLimits:
 
 _LIMITS = {
     "cpu": DeviceLimits(512, 64, 2 << 30, 0),
-    # A GPU computes 8192 tokens of a prompt in about the time in which it computes 1024 half as
-    # well, and it computes beside the thread that launches its steps.
+    # A GPU needs thousands of tokens of prompts in a step to keep its tensor cores busy, and it
+    # computes beside the thread that launches its steps.
     "cuda": DeviceLimits(8192, 256, None, 1),
 }
 

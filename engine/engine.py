@@ -288,9 +288,9 @@ class Engine:
 
     def _hand_out(self, schedule: Schedule, tokens: list[SampledToken | None]) -> None:
         for scheduled, token in zip(schedule, tokens, strict=True):
-            sequence = scheduled.sequence
             if token is None:
                 continue
+            sequence = scheduled.sequence
             last = self._scheduler.is_full(sequence)
             step = self._texts[sequence].push(token.token_id, last)
             if step.finish_reason:

@@ -11,8 +11,8 @@ from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
 from polydelta.kernels.ops import Kernels, SequenceSlice
 from polydelta.kernels.sampling import SamplingRows
 
-# Recorded steps keep what they compute with and what they read (256 rows of Llama 3 8B: 0.7 GiB);
-# adapters on their way to the pool take half a GiB; libraries that are loaded later, some.
+# Recorded steps keep what they compute with and what they read, by count 0.7 GiB for 256 rows of
+# Llama 3 8B; adapters on their way to the pool take half a GiB; libraries loaded later, some.
 RESERVE = 3 << 29
 
 

@@ -17,7 +17,8 @@ from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.paged_kv import PagedKV
 from polydelta.kernels.ops import Kernels, RecordedStep
 
-# Kept at a time; the one that was not used for the longest goes.
+# Kept at a time; the one that was not used for the longest goes. A GPU has 23 sizes, each with and
+# without adapters.
 MOST_RECORDINGS = 48
 
 # Rows, and whether any adapter acts on them.

@@ -27,6 +27,7 @@ from polydelta.engine.recorded_steps import RecordedSteps
 from polydelta.engine.sampler import SampledTokens, Sampler
 from polydelta.engine.sequence import SampledToken, Schedule, Sequence as TokenSequence
 from polydelta.kernels.ops import Kernels, SequenceSlice
+from polydelta.kernels.sampling import SamplingRows
 from polydelta.kernels.upload import upload
 
 
@@ -105,9 +106,11 @@ class Runner:
 
     @torch.inference_mode()
     def record_ahead(self, most_rows: int, report: Callable[[int, int], None]) -> None:
-        """Records decode steps of all sizes, with and without adapters, and computes a prefill, so
-        that no request waits for what is compiled. most_rows: sequences at the same time; report:
-        given how many are done, of all."""
+        """Records decode steps of all sizes, with and without adapters, computes a prefill and
+        draws a token, so that no request waits for what is compiled.
+
+        most_rows: sequences at the same time; report: given how many sizes are done, of all.
+        """
         sizes = self._kernels.sizes_to_record(most_rows)
         if not sizes:
             return
@@ -131,7 +134,10 @@ class Runner:
         batch = build_batch((), self._block_size, device).padded(rows)
         self._kv.prepare(batch.slots, [SequenceSlice(0, rows, rows, pages)])
         self._deltas.begin([AdapterSegment(0, rows, idle)])
-        self._decoder.hidden_states(batch.tokens, batch.positions, self._kv)
+        hidden = self._decoder.hidden_states(batch.tokens, batch.positions, self._kv)
+        half = torch.full((1,), 0.5, dtype=torch.float64, device=device)
+        any_token = SamplingRows(half, torch.zeros_like(half), half, half, half)
+        self._kernels.sample(self._decoder.logits(hidden[:1]), any_token)
         report(len(sizes), len(sizes))
 
     def bind_adapter(self, packed: PackedAdapter, pages: Sequence[int]) -> PoolAdapter:

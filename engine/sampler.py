@@ -84,7 +84,7 @@ class Sampler:
             *(params.min_p for params in each),
             *(self._uniform(sequence) for sequence in sequences),
         ]
-        return SamplingRows(*_upload_floats(columns, device, torch.float64).view(5, -1))
+        return SamplingRows(*upload(columns, device, torch.float64).view(5, -1))
 
     def _uniform(self, sequence: Sequence) -> float:
         """The next number of the sequence's stream, in [0, 1)."""
@@ -117,11 +117,7 @@ def _penalise(logits: Tensor, sequence: Sequence) -> None:
 def _add_bias(logits: Tensor, bias: Mapping[int, float]) -> None:
     """One row, `[vocab]`, in place."""
     tokens = upload(list(bias), logits.device)
-    logits[tokens] += _upload_floats(list(bias.values()), logits.device, logits.dtype)
-
-
-def _upload_floats(values: Seq[float], device: torch.device, dtype: torch.dtype) -> Tensor:
-    return upload(torch.tensor(values, dtype=dtype), device, dtype)
+    logits[tokens] += upload(list(bias.values()), logits.device, logits.dtype)
 
 
 def _logprobs(

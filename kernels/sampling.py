@@ -30,9 +30,6 @@ class SamplingRows:
     # In [0, 1): where, in the order of their ids, the shares of those that stay add up to more.
     uniform: Tensor
 
-    def __len__(self) -> int:
-        return len(self.temperature)
-
 
 def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
     """logits: `[rows, vocab]` float32 -> token ids `[rows]` int64."""

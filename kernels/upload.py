@@ -1,4 +1,4 @@
-"""Integers on their way to the device, one copy for a step's worth of them."""
+"""Numbers on their way to the device, one copy for a step's worth of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_TYPE_CODES = {torch.int32: "i", torch.int64: "q"}
+_TYPE_CODES = {torch.int32: "i", torch.int64: "q", torch.float32: "f", torch.float64: "d"}
 
 
 def upload(
-    values: Sequence[int] | Tensor, device: torch.device, dtype: torch.dtype = torch.int64
+    values: Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype = torch.int64
 ) -> Tensor:
     """`[n]`, copied without waiting for the device."""
     if isinstance(values, Tensor):

@@ -12,7 +12,7 @@ from polydelta.kernels.triton.attention_decode import (
     decode,
     decode_kernel,
 )
-from polydelta.kernels.triton.attention_plan import AttentionPlan, plan
+from polydelta.kernels.triton.attention_plan import AttentionPlan
 from polydelta.kernels.triton.attention_prefill import (
     prefill,
     prefill_constants,
@@ -28,8 +28,6 @@ from polydelta.kernels.triton.attention_tiles import (
 )
 from polydelta.kernels.triton.shipping import Floor, ShippedKernel
 from polydelta.kernels.triton.tuning import Options
-
-__all__ = ["AttentionPlan", "attend", "plan", "shipped"]
 
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
@@ -60,6 +58,7 @@ def shipped() -> list[ShippedKernel]:
     return [
         *(_decode(128, options=options) for options in decodes),
         *(_decode(size) for size in (64, 80, 96, 256)),
+        _decode(128, dtype=torch.float16),
         _decode(128, dtype=torch.float32),
         _combine(128),
         *(_prefill(128, options=options) for options in prefills),

@@ -176,5 +176,5 @@ def _entry(sites: PagedSites, weight: float) -> tuple[int, ...]:
     table = sites.table
     assert table is not None
     address = table.words.data_ptr()
-    packed = struct.pack("<qfiii", address, weight, table.site_words, table.first_page, 0)
+    packed = struct.pack("<qfii", address, weight, table.site_words, table.first_page)
     return struct.unpack(f"<{ENTRY_WORDS}i", packed)

@@ -53,12 +53,12 @@ def low_rank_row(
     elif bits == 8:
         shrink_row(
             scratch, x, source, a, count, indices, scatters, in_features, weight, span,
-            PAGE_GROUPS, BLOCK_IN, 8,
+            PAGE_GROUPS, BLOCK_IN // 2, 8,
         )  # fmt: skip
     else:
         shrink_row(
             scratch, x, source, a, count, indices, scatters, in_features, weight, span,
-            PAGE_GROUPS, BLOCK_IN // 2, 4,
+            PAGE_GROUPS, BLOCK_IN // 4, 4,
         )  # fmt: skip
     # Other threads read what was shrunk.
     tl.debug_barrier()
@@ -75,12 +75,12 @@ def low_rank_row(
     elif bits == 8:
         expand_row(
             y, scratch, source, b, count, out_start, out_features, span,
-            PAGE_GROUPS, BLOCK_OUT, 8,
+            PAGE_GROUPS, BLOCK_OUT // 2, 8,
         )  # fmt: skip
     else:
         expand_row(
             y, scratch, source, b, count, out_start, out_features, span,
-            PAGE_GROUPS, BLOCK_OUT // 2, 4,
+            PAGE_GROUPS, BLOCK_OUT // 4, 4,
         )  # fmt: skip
 
 

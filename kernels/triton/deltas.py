@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from polydelta.kernels.triton.adapter_table import MOST_RANKS
 from polydelta.kernels.triton.delta_pages import GROUP_BYTES, Source, Span
 from polydelta.kernels.triton.delta_records import (
     NOTHING,
@@ -40,10 +41,8 @@ from polydelta.kernels.triton.shipping import Floor, ShippedKernel
 from polydelta.kernels.triton.tuning import Options, Tunable
 
 SLOT_HEAD = 4
-ENTRY_WORDS = 6
+ENTRY_WORDS = 5
 SLOT_WORDS = SLOT_HEAD + ENTRY_WORDS
-# Of a record at most; as in adapter_table.py.
-RANKS = 256
 # Rows of a slot: one, or up to so many in a step of few and in one of many.
 FEW_ROWS, MANY_ROWS = 16, 64
 # Programs that a launch should have: one for each of 132 multiprocessors, whose registers hold no
@@ -98,7 +97,7 @@ def apply_deltas(
     step = min(WIDE_SPAN, max(SPAN, triton.next_power_of_2(wide)))
     span_columns = -(-wide // step) * step
     grid = (-(-out_features // span_columns), slots)
-    scratch = torch.empty(grid[0] * slots * rows * RANKS, dtype=torch.float32, device=y.device)
+    scratch = torch.empty(grid[0] * slots * rows * MOST_RANKS, dtype=torch.float32, device=y.device)
     deltas_kernel[grid](
         y, x, columns, pool.numbers, pool.codes, pool.halves, pool.ints, pool.floats, steps,
         scratch, y.stride(0), x.stride(0), columns.stride(0), columns.stride(1),
@@ -125,7 +124,7 @@ def _constants(page_groups: int, rows: int) -> dict[str, int]:
     """Blocks are counted in groups of 64 bytes. Of one row, all that the registers hold is loaded
     at once: each turn of the loop over A waits for a look-up and for the weights."""
     wide = 64 if rows == FEW_ROWS else 32
-    sizes = {"PAGE_GROUPS": page_groups, "ROWS": rows, "RANKS": RANKS}
+    sizes = {"PAGE_GROUPS": page_groups, "ROWS": rows, "RANKS": MOST_RANKS}
     words = {"SLOT_HEAD": SLOT_HEAD, "ENTRY_WORDS": ENTRY_WORDS}
     return sizes | words | {"BLOCK_IN": wide, "BLOCK_OUT": wide, "TILE_IN": 4, "TILE_OUT": 2}
 

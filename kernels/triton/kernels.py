@@ -23,11 +23,12 @@ from polydelta.kernels.triton.attention_plan import AttentionPlan, plan
 from polydelta.kernels.triton.graphs import GraphRecorder
 
 # Rows that decode steps are recorded with.
-RECORDED_ROWS = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16))
+RECORDED_ROWS = (1, 2, 4, *range(8, 64, 8), *range(64, delta_group.MOST_ROWS + 1, 16))
 
 
 class TritonKernels(ReferenceKernels):
-    """What it inherits is plain torch on the device: products, and kinds of deltas that are rare.
+    """What it inherits is plain torch on the device: products, sums, greedy choice, and kinds of
+    deltas that are rare.
 
     On a CPU, Triton's interpreter runs the kernels: slowly, to test them.
     """

@@ -19,8 +19,10 @@ def store_kv(kv: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
 
     kv: `[pages, 2, block_size, kv_heads, head_dim]`, dense; slots: `[tokens]` int64, page *
     block_size + place in the page; those below 0 are stored nowhere. Rows of keys and of values may
-    lie apart, as parts of a wider tensor.
+    lie apart, as parts of a wider tensor. Raises ValueError for a kv that is not dense.
     """
+    if not kv.is_contiguous():
+        raise ValueError("kv is not dense: its pages must lie one after the other")
     tokens, kv_heads, head_dim = keys.shape
     if tokens == 0:
         return

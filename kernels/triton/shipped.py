@@ -1,4 +1,4 @@
-"""All kernels, in every configuration that they ship for."""
+"""All kernels, at the sizes of Llama 3 8B, and what else they ship for."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from polydelta.kernels.ops import AttentionShape, SequenceSlice
 from polydelta.kernels.reference import ReferenceKernels
 from polydelta.kernels.triton import attention_chunks
-from polydelta.kernels.triton.attention import AttentionPlan, attend, plan
+from polydelta.kernels.triton.attention import attend
+from polydelta.kernels.triton.attention_plan import AttentionPlan, plan
 from polydelta.kernels.triton.tuning import INTERPRETED
 
 Steps = Callable[..., Any]

@@ -135,7 +135,7 @@ def test_the_share_of_the_drawn_token_has_the_number(
     ends = [0.0, 1.0 - 2**-53]
     uniforms = torch.tensor([*ends, *torch.rand(10).tolist()], dtype=torch.float64, device=device)
     rows = rows_of(uniforms, *cuts)
-    tokens = sampling.sample(logits.expand(len(rows), -1), rows).cpu()
+    tokens = sampling.sample(logits.expand(len(rows.uniform), -1), rows).cpu()
     shares = reference.kept(logits.cpu(), *cuts).double()
     assert (shares[tokens] > 0).all()
     stops = (shares.cumsum(-1) / shares.sum())[tokens]
