@@ -149,6 +149,6 @@ def show(sections: Sequence[Section], title: str) -> Table:
             last = section.error.strip().splitlines()[-1]
             table.add_row(f"[red]{section.name} failed: {escape(last)}[/]")
         elif rest:
-            table.add_row(f"[dim]{section.name}: {rest} more in order, in the JSON result[/]")
+            table.add_row(f"[dim]{section.name}: {rest} more are in order[/]")
         table.add_section()
     return table

@@ -255,6 +255,8 @@ def main(
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise typer.BadParameter("Triton's interpreter compiles nothing: unset TRITON_INTERPRET.")
     tasks, compiled = find_tasks(arches, match)
+    if not tasks and not compiled:
+        raise typer.BadParameter(f"No kernel has {match!r} in its name.")
     results = compile_all(tasks, workers)
     compiled += track(results, "Compiling", total=len(tasks), console=console)
     console.print(show(compiled, arches))

@@ -37,8 +37,8 @@ def choose_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ModelError(
-            "device 'cuda' was asked for, but PyTorch finds no GPU: install a CUDA build of "
-            "PyTorch and NVIDIA's driver, or use device cpu."
+            "device 'cuda' was asked for, but PyTorch finds no GPU: install NVIDIA's "
+            "driver and a CUDA build of PyTorch (docs/gpu.md says how), or use device cpu."
         )
     if name == "cpu" or not available:
         return torch.device("cpu")

@@ -142,7 +142,8 @@ def print_banner(
     facts = Table.grid(padding=(0, 2))
     formats = filter(None, (settings.dtype, settings.quantization))
     facts.add_row("model", escape(f"{base_name} ({', '.join(formats)})"))
-    facts.add_row("adapters", f"{count} ({names})" if found else "none")
+    bits = f", {settings.adapter_bits} bits in the pool" if settings.adapter_bits else ""
+    facts.add_row("adapters", f"{count} ({names}){bits}" if found else f"none{bits}")
     facts.add_row("uploads", escape(str(settings.store)))
     facts.add_row("device", engine.device)
     facts.add_row("pool", ByteSize(engine.pool_bytes).human_readable())

@@ -38,7 +38,7 @@ Model = Annotated[str | None, setting("model", "--model", MODEL, "PATH|HUB_ID")]
 ServedModelName = Annotated[str | None, setting("served_model_name", "--served-model-name", MODEL)]
 Adapters = Annotated[list[Path] | None, setting("adapters", "--adapters", MODEL, "DIR")]
 Device = Annotated[str | None, setting("device", "--device", MODEL, "auto|cpu|cuda")]
-Dtype = Annotated[str | None, setting("dtype", "--dtype", MODEL, "bfloat16|float16|float32")]
+Dtype = Annotated[str | None, setting("dtype", "--dtype", MODEL, "NAME")]
 Quantization = Annotated[str | None, setting("quantization", "--quantization", MODEL, "int8|int4")]
 MaxModelLen = Annotated[int | None, setting("max_model_len", "--max-model-len", MODEL)]
 
@@ -53,7 +53,7 @@ AdapterRoot = Annotated[list[Path] | None, setting("adapter_root", "--adapter-ro
 
 Pool = Annotated[str | None, setting("pool", "--pool", MEMORY, "SIZE")]
 GpuMemoryUtilization = Annotated[
-    float | None, setting("gpu_memory_utilization", "--gpu-memory-utilization", MEMORY)
+    float | None, setting("gpu_memory_utilization", "--gpu-memory-utilization", MODEL, "SHARE")
 ]
 AdapterBits = Annotated[int | None, setting("adapter_bits", "--adapter-bits", MEMORY, "8|4")]
 HostAdapterRam = Annotated[

@@ -86,7 +86,9 @@ class ServerSettings(BaseSettings):
         "auto", description="Where the model runs; auto takes a GPU where there is one."
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="Number format of weights and KV cache; float16 on a GPU only."
+        "bfloat16",
+        description="Number format of weights and KV cache: bfloat16, float32, or, on a GPU, "
+        "float16.",
     )
     quantization: Literal["int8", "int4"] | None = Field(
         None,
@@ -121,7 +123,7 @@ class ServerSettings(BaseSettings):
         0.9,
         gt=0,
         le=1,
-        description="Share of the GPU's memory that the server takes: weights, the largest step"
+        description="Share of a GPU's memory that the server takes: weights, the largest step"
         " (measured at start), and the pool.",
     )
     adapter_bits: Literal[8, 4] | None = Field(
