@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +15,7 @@ import torch
 
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.formats import read_adapter
+from polydelta.adapters_store.load_times import LoadTier, LoadTimes
 from polydelta.adapters_store.packed import PackedAdapter
 from polydelta.adapters_store.packed_file import (
     UnreadableFileError,
@@ -34,6 +36,9 @@ LOOKS = 64
 class AdapterLoader(Protocol):
     """Where the host tier gets adapters from. Called on threads of its own, several at a time."""
 
+    # Of all loads that succeeded.
+    times: LoadTimes
+
     def load(self, ref: AdapterRef) -> PackedAdapter:
         """The adapter in memory, which nobody else writes to. Raises AdapterError."""
         ...
@@ -44,13 +49,17 @@ class FolderLoader:
 
     def __init__(self, layout: BaseLayout, dtype: torch.dtype, bits: int | None = None) -> None:
         """bits: of low-rank matrices, 8 or 4; None: the dtype's."""
+        self.times = LoadTimes()
         self._layout = layout
         self._dtype = dtype
         self._bits = bits
 
     def load(self, ref: AdapterRef) -> PackedAdapter:
+        began = time.perf_counter()
         adapter = read_adapter(ref, self._layout)
-        return pack(adapter, self._layout, self._dtype, self._bits)
+        packed = pack(adapter, self._layout, self._dtype, self._bits)
+        self.times.ended(LoadTier.FILES, began)
+        return packed
 
 
 class AdapterFiles(Protocol):
@@ -78,6 +87,7 @@ class DiskTier:
         bits: int | None = None,
     ) -> None:
         """bits: as FolderLoader has them."""
+        self.times = LoadTimes()
         self._loader = FolderLoader(layout, dtype, bits)
         # Of some formats the packed numbers were computed from the base's weights.
         told = f"{layout.fingerprint}\n{layout.weights_id}"
@@ -95,14 +105,17 @@ class DiskTier:
         self._digests: dict[AdapterRef, str] = {}
 
     def load(self, ref: AdapterRef) -> PackedAdapter:
+        began = time.perf_counter()
         digest = ref.digest or self._digests.get(ref)
         if digest is not None and (packed := self._read(digest)) is not None:
+            self.times.ended(LoadTier.PACKED, began)
             return packed
         if ref.digest is not None:
             self._files.fetch(ref.digest)
         packed = self.prepare(ref)
         if ref.digest is None:
             self._digests[ref] = packed.digest
+        self.times.ended(LoadTier.FILES, began)
         return packed
 
     def prepare(self, ref: AdapterRef) -> PackedAdapter:

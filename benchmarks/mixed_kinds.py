@@ -27,6 +27,7 @@ from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.composition import Share
 from polydelta.adapters_store.delta import Adapter, LowRank
 from polydelta.adapters_store.formats.format_table import FORMAT_ROWS, usual_adapter
+from polydelta.adapters_store.load_times import LoadTimes
 from polydelta.adapters_store.packed import PackedAdapter
 from polydelta.adapters_store.packing import pack
 from polydelta.adapters_store.reference import AdapterRef
@@ -61,6 +62,7 @@ class MadeAdapters:
     """Adapters that never were files; see `disk_tier.AdapterLoader`."""
 
     packed: dict[str, PackedAdapter] = field(default_factory=dict)
+    times: LoadTimes = field(default_factory=LoadTimes)
 
     def load(self, ref: AdapterRef) -> PackedAdapter:
         return self.packed[ref.id]

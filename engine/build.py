@@ -14,6 +14,7 @@ from polydelta.adapters_store.disk_tier import AdapterLoader, FolderLoader
 from polydelta.adapters_store.host_store import HostStore
 from polydelta.adapters_store.row_codes import BITS
 from polydelta.engine.adapter_control import AdapterControl
+from polydelta.engine.adapter_usage import AdapterUsage
 from polydelta.engine.config import EngineConfig
 from polydelta.engine.device import choose_device, dtype_on, limits_for
 from polydelta.engine.engine import Engine
@@ -31,7 +32,7 @@ from polydelta.engine.pool import PagePool
 from polydelta.engine.residency import Residency
 from polydelta.engine.runner import Runner
 from polydelta.engine.scheduler import Scheduler, SchedulerLimits
-from polydelta.engine.stats import StatsRecorder
+from polydelta.engine.stats_recorder import StatsRecorder
 from polydelta.kernels.ops import Kernels, kernels_for
 
 # stage, done, total: drives a progress bar
@@ -116,11 +117,8 @@ def assemble(
         )
         sizes = _sizes(left, page_bytes, config, model)
     layout = checkpoint_layout(checkpoint, dtype)
-    host = HostStore(
-        make_loader(layout, dtype, config.adapter_bits),
-        config.host_adapter_bytes,
-        pin=device.type == "cuda",
-    )
+    loader = make_loader(layout, dtype, config.adapter_bits)
+    host = HostStore(loader, config.host_adapter_bytes, pin=device.type == "cuda")
     runner = Runner(
         decoder,
         kernels,
@@ -140,7 +138,14 @@ def assemble(
     wake, costs, pool = threading.Event(), CostModel(), PagePool(sizes.num_pages)
     kv = KVCache(pool, config.block_size, costs, config.prefix_caching)
     residency = Residency(
-        pool, page_bytes, config.block_size, host, runner.bind_adapter, costs, wake.set
+        pool,
+        page_bytes,
+        config.block_size,
+        host,
+        runner.bind_adapter,
+        costs,
+        wake.set,
+        AdapterUsage(config.named_adapters),
     )
     scheduler = Scheduler(
         SchedulerLimits(limits.max_batch_tokens, limits.max_batch_size, sizes.max_positions),
@@ -157,7 +162,7 @@ def assemble(
         scheduler,
         AdapterControl(pool, kv, residency, scheduler),
         runner,
-        StatsRecorder(pool, kv, residency, costs),
+        StatsRecorder(pool, kv, residency, costs, loader.times),
         wake,
         host.close,
         config.check_integrity,

@@ -37,5 +37,7 @@ class EngineConfig:
     quantization: str | None = None
     # Steps with one adapter alone before it goes into the base weights; None never does that.
     fuse_after: int | None = None
+    # Adapters that are counted by name at a time; the busiest, for those who measure.
+    named_adapters: int = 100
     # Balance the pool's books whenever the engine goes idle; for tests and debug runs.
     check_integrity: bool = False

@@ -31,9 +31,14 @@ from polydelta.engine.residency import AdapterPlace
 from polydelta.engine.runner import LaunchedStep, Runner
 from polydelta.engine.scheduler import Scheduler
 from polydelta.engine.sequence import SampledToken, Schedule, Sequence
-from polydelta.engine.stats import EngineStats, StatsRecorder
+from polydelta.engine.stats import EngineStats
+from polydelta.engine.stats_recorder import StatsRecorder
+from polydelta.engine.step_stats import StepPhase
 
 logger = logging.getLogger(__name__)
+
+# How long whoever asks for counts waits for the step at hand, in seconds.
+STATS_PATIENCE = 5.0
 
 Command = Callable[[], None]
 
@@ -79,6 +84,7 @@ class Engine:
         self._adapters = adapters
         self._runner = runner
         self._recorder = recorder
+        self._stats = recorder.snapshot(scheduler)
         self._close = close
         self._check_integrity = check_integrity
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -161,9 +167,20 @@ class Engine:
         """Thread-safe: where an adapter is at the moment."""
         return self._scheduler.adapter_place(ref)
 
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not ended, orders that nobody took yet among them; any thread may
+        ask."""
+        return len(self._sequences) + self._commands.qsize()
+
     def stats(self) -> EngineStats:
-        """Thread-safe: as of the end of the last step."""
-        return self._recorder.snapshot
+        """Thread-safe, but for the engine's own thread: waits until the step at hand is done, so
+        that whatever a client has seen is counted. A loop that is stuck or has ended leaves the
+        last picture that there was."""
+        taken = threading.Event()
+        if self._command(lambda: self._take_stats(taken)):
+            taken.wait(STATS_PATIENCE)
+        return self._stats
 
     def _command(self, command: Command) -> bool:
         """Whether the loop will carry the command out."""
@@ -205,7 +222,7 @@ class Engine:
         Where the runner computes beside this thread, the next step is scheduled and launched before
         the tokens of the last one are waited for.
         """
-        began = time.perf_counter()
+        clock = _Clock(self._recorder)
         self._adapters.advance()
         if self._scheduler.must_know_tokens():
             self._complete_steps(0)
@@ -214,28 +231,33 @@ class Engine:
         for failure in failures:
             self._finish(failure.sequence, FinishReason.ERROR, failure.reason)
         if schedule:
+            clock.ended(StepPhase.SCHEDULE)
             step = self._runner.launch(schedule, self._scheduler.bound_adapter)
             self._scheduler.advance(schedule)
-            self._under_way.append(_StepUnderWay(schedule, step, began))
+            self._under_way.append(_StepUnderWay(schedule, step, clock.began))
+            clock.ended(StepPhase.LAUNCH)
         completed = self._complete_steps(self._runner.steps_ahead if schedule else 0)
-        self._recorder.refresh(self._scheduler)
         return bool(schedule or failures or completed)
 
     def _complete_steps(self, left: int) -> bool:
         """Waits for tokens until so many steps are under way; whether there was one to wait for."""
         completed = len(self._under_way) > left
         while len(self._under_way) > left:
+            clock = _Clock(self._recorder)
             done = self._under_way.popleft()
+            sampled = done.step.wait()
+            clock.ended(StepPhase.WAIT)
             # Of those that have left since it was launched nobody wants another one.
             tokens = [
                 None if item.sequence.has_left else token
-                for item, token in zip(done.schedule, done.step.wait(), strict=True)
+                for item, token in zip(done.schedule, sampled, strict=True)
             ]
             self._scheduler.commit(done.schedule, tokens)
-            self._hand_out(done.schedule, tokens)
             now = time.perf_counter()
             self._recorder.step(done.schedule, tokens, now - max(done.began, self._last_completed))
             self._last_completed = now
+            self._hand_out(done.schedule, tokens)
+            clock.ended(StepPhase.OUTPUT)
         return completed
 
     def _rest(self) -> None:
@@ -255,12 +277,17 @@ class Engine:
 
     def _add(self, sequence: Sequence) -> None:
         if problem := self._problem(sequence):
-            self._recorder.finished(FinishReason.ERROR)
+            self._recorder.finished(sequence, FinishReason.ERROR)
             _deliver(sequence, _last_output(sequence, FinishReason.ERROR, problem))
             return
         self._sequences[sequence.id] = sequence
         self._texts[sequence] = Detokenizer(self.tokenizer, sequence.request.sampling)
+        self._recorder.arrived(sequence)
         self._scheduler.add(sequence)
+
+    def _take_stats(self, taken: threading.Event) -> None:
+        self._stats = self._recorder.snapshot(self._scheduler)
+        taken.set()
 
     def _problem(self, sequence: Sequence) -> str | None:
         """What is wrong with the prompt; None when it can be served."""
@@ -284,7 +311,7 @@ class Engine:
         if sequence := self._sequences.get(request_id):
             self._scheduler.remove(sequence)
             self._forget(sequence)
-            self._recorder.finished(FinishReason.ABORT)
+            self._recorder.finished(sequence, FinishReason.ABORT)
 
     def _hand_out(self, schedule: Schedule, tokens: list[SampledToken | None]) -> None:
         for scheduled, token in zip(schedule, tokens, strict=True):
@@ -296,13 +323,13 @@ class Engine:
             if step.finish_reason:
                 self._scheduler.remove(sequence)
                 self._forget(sequence)
-                self._recorder.finished(step.finish_reason)
+                self._recorder.finished(sequence, step.finish_reason)
             _deliver(sequence, _output(sequence, token, step))
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """Ends a sequence that the scheduler no longer has."""
         self._forget(sequence)
-        self._recorder.finished(reason)
+        self._recorder.finished(sequence, reason)
         _deliver(sequence, _last_output(sequence, reason, error))
 
     def _forget(self, sequence: Sequence) -> None:
@@ -333,6 +360,28 @@ class Engine:
         self._adapters.close()
         for sequence in list(self._sequences.values()):
             self._finish(sequence, reason, error)
+        # Nobody is left, whatever the scheduler has.
+        self._stats = replace(
+            self._recorder.snapshot(self._scheduler),
+            num_running=0,
+            num_waiting=0,
+            waiting_for_adapter=0,
+            running_adapters=(),
+            waiting_adapters=(),
+        )
+
+
+class _Clock:
+    """What each phase of a step takes."""
+
+    def __init__(self, recorder: StatsRecorder) -> None:
+        self._recorder = recorder
+        self.began = self._last = time.perf_counter()
+
+    def ended(self, phase: StepPhase) -> None:
+        now = time.perf_counter()
+        self._recorder.phase(phase, now - self._last)
+        self._last = now
 
 
 def _deliver(sequence: Sequence, output: RequestOutput) -> None:
@@ -352,6 +401,7 @@ def _output(sequence: Sequence, token: SampledToken, step: TextStep) -> RequestO
         cached_tokens=sequence.num_cached or 0,
         finish_reason=step.finish_reason,
         stop_reason=step.stop_reason,
+        times=sequence.times if step.finish_reason else None,
     )
 
 
@@ -360,5 +410,10 @@ def _last_output(
 ) -> RequestOutput:
     """An end without a token."""
     return RequestOutput(
-        request_id=sequence.id, text="", token_ids=(), finish_reason=reason, error=error
+        request_id=sequence.id,
+        text="",
+        token_ids=(),
+        finish_reason=reason,
+        error=error,
+        times=sequence.times,
     )

@@ -10,6 +10,18 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Hashable
+from enum import StrEnum
+
+
+class EvictionReason(StrEnum):
+    """Why something idle left the pool."""
+
+    # Its pages were needed.
+    ROOM = "room"
+    # An operator wished so.
+    ORDERED = "ordered"
+    # Its adapter's version was deleted.
+    DELETED = "deleted"
 
 
 class EvictionOrder:

@@ -20,7 +20,7 @@ from functools import partial
 
 from polydelta.adapters_store.composition import Shares
 from polydelta.adapters_store.reference import AdapterRef
-from polydelta.engine.eviction import CostModel
+from polydelta.engine.eviction import CostModel, EvictionReason
 from polydelta.engine.pool import PagePool
 from polydelta.engine.sequence import Sequence
 
@@ -45,10 +45,15 @@ class CachedBlock:
 
 @dataclass
 class PrefixCacheStats:
-    """Prompt tokens asked of the prefix cache, and found."""
+    """What was asked of the prefix cache, and what it lost."""
 
+    # Prompt tokens asked for, and found.
     queries: int = 0
     hits: int = 0
+    # Blocks, by why they left.
+    evictions: Counter[EvictionReason] = field(
+        default_factory=lambda: Counter(dict.fromkeys(EvictionReason, 0))
+    )
 
 
 @dataclass
@@ -160,10 +165,11 @@ class KVCache:
         for block in list(self._by_hash.values()):
             made_by = any(share.ref == ref for share in block.adapters)
             if made_by and block.page not in self._users:
-                self.pool.evict(block.hash)
+                self.pool.evict(block.hash, EvictionReason.DELETED)
 
-    def _forget(self, block: CachedBlock) -> None:
+    def _forget(self, block: CachedBlock, reason: EvictionReason) -> None:
         del self._by_hash[block.hash], self._by_page[block.page]
+        self.stats.evictions[reason] += 1
 
     def _shift(self, sequence: Sequence) -> int:
         """Places of the sequence's first page that its adapter's last virtual tokens take."""

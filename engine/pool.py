@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from polydelta.engine.eviction import EvictionOrder
+from polydelta.engine.eviction import EvictionOrder, EvictionReason
 
 
 class PageAllocator:
@@ -124,8 +124,8 @@ class IdlePages:
     """Pages that are kept for what is in them until somebody needs the room."""
 
     pages: tuple[int, ...]
-    # Tells the owner that they are gone.
-    forget: Callable[[], None]
+    # Tells the owner that they are gone, and why.
+    forget: Callable[[EvictionReason], None]
 
 
 class PagePool:
@@ -172,7 +172,7 @@ class PagePool:
         pages: Sequence[int],
         cost: float,
         uses: int,
-        forget: Callable[[], None],
+        forget: Callable[[EvictionReason], None],
     ) -> None:
         """Hands pages to the pool to keep or evict as it likes.
 
@@ -191,11 +191,11 @@ class PagePool:
         self.num_idle -= len(pages)
         return pages
 
-    def evict(self, key: Hashable) -> None:
+    def evict(self, key: Hashable, reason: EvictionReason) -> None:
         """Frees retired pages, and tells their owner."""
         forget = self._idle[key].forget
         self.free(self.revive(key))
-        forget()
+        forget(reason)
 
     def check_integrity(self, in_use: Sequence[int]) -> None:
         """Raises RuntimeError unless free, idle and in-use pages are every page exactly once."""
@@ -210,4 +210,4 @@ class PagePool:
 
     def _make_room(self, count: int) -> None:
         while self.num_free < count:
-            self.evict(self._order.next_victim())
+            self.evict(self._order.next_victim(), EvictionReason.ROOM)

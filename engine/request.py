@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from polydelta.adapters_store.composition import Shares
@@ -69,6 +70,27 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class RequestTimes:
+    """What became of a request when; by time.monotonic."""
+
+    arrived: float
+    # When it first ran; None for one that never did, as below.
+    admitted: float | None
+    first_token: float | None
+    last_token: float | None
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_preemptions: int
+
+    @property
+    def per_output_token(self) -> float | None:
+        """Mean seconds from token to token; None where there are not two."""
+        if self.first_token is None or self.last_token is None or self.num_output_tokens < 2:
+            return None
+        return (self.last_token - self.first_token) / (self.num_output_tokens - 1)
+
+
+@dataclass(frozen=True)
 class RequestOutput:
     """What is new since the last output of this request."""
 
@@ -84,10 +106,21 @@ class RequestOutput:
     stop_reason: str | int | None = None
     # Set with FinishReason.ERROR: what went wrong, fit for the client to read.
     error: str | None = None
+    # Of the last output only.
+    times: RequestTimes | None = None
 
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    def followed_by(self, later: RequestOutput) -> RequestOutput:
+        """Both as one: all that is new in either, in this order."""
+        return replace(
+            later,
+            text=self.text + later.text,
+            token_ids=self.token_ids + later.token_ids,
+            logprobs=self.logprobs + later.logprobs,
+        )
 
 
 @dataclass(frozen=True)
@@ -99,6 +132,8 @@ class GenerationRequest:
     sampling: SamplingParams
     # The adapters whose weighted sum answers; none of them is the bare base model.
     adapters: Shares = ()
+    # By time.monotonic.
+    arrived: float = field(default_factory=time.monotonic)
 
 
 # Called on the engine's thread: must only hand the output on, never wait.

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from polydelta.adapters_store.errors import AdapterError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.adapters_store.traits import AdapterTraits
-from polydelta.engine.eviction import CostModel
+from polydelta.engine.adapter_usage import AdapterUsage
+from polydelta.engine.eviction import CostModel, EvictionReason
 from polydelta.engine.host_adapter import AdapterPages, HostAdapter, count_pages
 from polydelta.engine.pool import PagePool
 
@@ -45,6 +48,15 @@ class AdapterPlace:
     pages: int = 0
     # Sequences that run with it.
     users: int = 0
+
+
+@dataclass(frozen=True)
+class ResidentAdapter:
+    """An adapter in the pool."""
+
+    id: str
+    version: int
+    pages: int
 
 
 # An adapter in host RAM, and in the pool, ready for the kernels: only the runner looks inside.
@@ -102,6 +114,7 @@ class Residency(Generic[Packed, Bound]):
         bind: Binder[Packed, Bound],
         costs: CostModel,
         on_loaded: Callable[[], None],
+        usage: AdapterUsage,
     ) -> None:
         self._pool = pool
         self._page_bytes = page_bytes
@@ -112,8 +125,9 @@ class Residency(Generic[Packed, Bound]):
         # Called on a loader's thread when a load ends, so that the engine looks again.
         self._on_loaded = on_loaded
         self._entries: dict[AdapterRef, _Entry[Packed, Bound]] = {}
-        self.num_loads = 0
-        self.num_evictions = 0
+        self.usage = usage
+        self.num_load_failures = 0
+        self.evictions = Counter(dict.fromkeys(EvictionReason, 0))
 
     def state(self, ref: AdapterRef) -> ResidencyState:
         """Where the adapter is now; notices that a load has ended."""
@@ -197,9 +211,9 @@ class Residency(Generic[Packed, Bound]):
         entry.users -= 1
         if not entry.users:
             cost = self._costs.load_seconds(entry.nbytes) if entry.cost is None else entry.cost
-            self._pool.retire(ref, entry.pages, cost, entry.uses, lambda: self._forget(ref))
+            self._pool.retire(ref, entry.pages, cost, entry.uses, partial(self._forget, ref))
             if entry.doomed:
-                self._pool.evict(ref)
+                self._pool.evict(ref, EvictionReason.DELETED)
 
     def pin(self, ref: AdapterRef) -> None:
         """Keeps an adapter that is on the host or resident in the pool, used or not."""
@@ -216,10 +230,10 @@ class Residency(Generic[Packed, Bound]):
     def is_pinned(self, ref: AdapterRef) -> bool:
         return ref in self._entries and self._entries[ref].pinned
 
-    def evict(self, ref: AdapterRef) -> None:
+    def evict(self, ref: AdapterRef, reason: EvictionReason = EvictionReason.ORDERED) -> None:
         """Takes an adapter that nobody uses or pins out of the pool and out of host RAM."""
         if self.is_resident(ref):
-            self._pool.evict(ref)
+            self._pool.evict(ref, reason)
         self._entries.pop(ref, None)
         self._host.forget(ref)
 
@@ -230,10 +244,14 @@ class Residency(Generic[Packed, Bound]):
             self._entries[ref].doomed = True
             self._host.forget(ref)
         else:
-            self.evict(ref)
+            self.evict(ref, EvictionReason.DELETED)
 
-    def resident(self) -> list[AdapterRef]:
-        return [r for r, e in self._entries.items() if e.state is ResidencyState.RESIDENT]
+    def resident(self) -> list[ResidentAdapter]:
+        return [
+            ResidentAdapter(ref.id, ref.version, len(entry.pages))
+            for ref, entry in self._entries.items()
+            if entry.state is ResidencyState.RESIDENT
+        ]
 
     def describe(self, ref: AdapterRef) -> AdapterPlace:
         """Where the adapter is at the moment; any thread may ask."""
@@ -263,15 +281,19 @@ class Residency(Generic[Packed, Bound]):
     def _finish_load(self, entry: _Entry[Packed, Bound], loading: Future[Packed]) -> None:
         entry.loading = None
         if loading.cancelled():
-            entry.state, entry.error = ResidencyState.FAILED, "its load was cancelled"
+            self._fail_load(entry, "its load was cancelled")
             return
         if (error := loading.exception()) is not None:
-            entry.state, entry.error = ResidencyState.FAILED, _reason(error)
+            self._fail_load(entry, _reason(error))
             return
         packed = entry.packed = loading.result()
         entry.digest, entry.traits, entry.nbytes = packed.digest, packed.traits, packed.nbytes
         entry.size = count_pages(packed, self._page_bytes, self._block_size)
         entry.state = ResidencyState.ON_HOST
+
+    def _fail_load(self, entry: _Entry[Packed, Bound], reason: str) -> None:
+        entry.state, entry.error = ResidencyState.FAILED, reason
+        self.num_load_failures += 1
 
     def _load_to_pool(self, ref: AdapterRef, entry: _Entry[Packed, Bound]) -> None:
         packed = entry.packed
@@ -289,11 +311,14 @@ class Residency(Generic[Packed, Bound]):
             self._costs.observe_load(max(1, packed.nbytes), seconds)
         entry.packed = None
         entry.state = ResidencyState.RESIDENT
-        self.num_loads += 1
+        counts = self.usage.counts(ref.id)
+        counts.swap_ins += 1
+        counts.swap_in_seconds += seconds
 
-    def _forget(self, ref: AdapterRef) -> None:
+    def _forget(self, ref: AdapterRef, reason: EvictionReason) -> None:
         del self._entries[ref]
-        self.num_evictions += 1
+        self.evictions[reason] += 1
+        self.usage.counts(ref.id).swap_outs += 1
 
 
 def _reason(error: BaseException) -> str:

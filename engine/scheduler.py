@@ -13,6 +13,7 @@ may compute some that have left.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -306,6 +307,8 @@ class Scheduler:
             self._residency.acquire(ref)
         self._lend_prefix(sequence)
         self.running.append(sequence)
+        if sequence.admitted_at is None:
+            sequence.admitted_at = time.monotonic()
         count = min(sequence.num_uncomputed, budget)
         self._kv.grow(sequence, sequence.num_computed + count)
         return count

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from polydelta.adapters_store.composition import Shares
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.adapters_store.traits import AdapterTraits
-from polydelta.engine.request import GenerationRequest, OutputHandler, TokenLogprob
+from polydelta.engine.request import (
+    GenerationRequest,
+    OutputHandler,
+    RequestTimes,
+    TokenLogprob,
+)
 
 # The activation of adapters that act on no token of a sequence.
 NEVER = sys.maxsize
@@ -52,6 +57,12 @@ class Sequence:
         # Blocks that the prefix cache was told of.
         self.num_published = 0
         self.num_preemptions = 0
+        # Whether one of its adapters was not in the pool when it came.
+        self.is_cold = False
+        # By time.monotonic.
+        self.admitted_at: float | None = None
+        self.first_token_at: float | None = None
+        self.last_token_at: float | None = None
 
     @property
     def id(self) -> str:
@@ -79,6 +90,18 @@ class Sequence:
         self.num_prefix_tokens = sum(one.num_prefix_tokens for one in each)
         self.activation = min((_last_start(prompt, one.invocation) for one in each), default=0)
         self.knows_traits = True
+
+    @property
+    def times(self) -> RequestTimes:
+        return RequestTimes(
+            arrived=self.request.arrived,
+            admitted=self.admitted_at,
+            first_token=self.first_token_at,
+            last_token=self.last_token_at,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_output_tokens=self.num_known - self.num_prompt_tokens,
+            num_preemptions=self.num_preemptions,
+        )
 
     @property
     def num_tokens(self) -> int:

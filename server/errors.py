@@ -15,6 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from polydelta.server.metrics.refusals import REASON
+
 logger = logging.getLogger(__name__)
 
 TYPES = {
@@ -35,11 +37,15 @@ TYPES = {
 class ApiError(Exception):
     """A request that is answered with an error: its status, what to say, and the field at fault."""
 
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, param: str | None = None, reason: str | None = None
+    ) -> None:
+        """reason: what it is counted as, where that is more than the status says."""
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
+        self.reason = reason
 
 
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
@@ -94,7 +100,8 @@ def explain(error: Mapping[str, Any]) -> tuple[str, str | None]:
     return f"{param}: {reason} (got {shown(error['input'])}).", param
 
 
-async def on_api_error(_: Request, error: ApiError) -> JSONResponse:
+async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
+    request.scope[REASON] = error.reason
     return error_response(error.status, error.message, error.param)
 
 

@@ -51,6 +51,7 @@ def chat_router(service: Service) -> APIRouter:
 
 async def _prepare(service: Service, body: ChatRequest) -> tuple[ChatReply, Generation]:
     """The reply to be written, and what it is made of. Raises ApiError."""
+    arrived = time.monotonic()
     service.check_alive()
     engine = service.engine
     prompt = await encode_chat(engine, body.messages)
@@ -61,8 +62,9 @@ async def _prepare(service: Service, body: ChatRequest) -> tuple[ChatReply, Gene
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = sampling_params(engine, body, limit, logprobs)
     lease = await service.lease(body.model, body.weighted_adapters)
+    service.metrics.asked(body.n, prompts=1)
     requests = [
-        GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares)
+        GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares, arrived)
         for index, choice in enumerate(for_choices(sampling, body.n))
     ]
     return reply, Generation(engine, requests, service.metrics, lease, body.stream)

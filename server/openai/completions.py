@@ -57,6 +57,7 @@ def completions_router(service: Service) -> APIRouter:
 
 async def _prepare(service: Service, body: CompletionRequest) -> tuple[CompletionReply, Generation]:
     """The reply to be written, and what it is made of, prompt by prompt. Raises ApiError."""
+    arrived = time.monotonic()
     service.check_alive()
     engine = service.engine
     prompts = await encode_prompts(engine, body.prompt)
@@ -69,8 +70,9 @@ async def _prepare(service: Service, body: CompletionRequest) -> tuple[Completio
         sampling = sampling_params(engine, body, limit, body.logprobs)
         choices += [(prompt, choice) for choice in for_choices(sampling, body.n)]
     lease = await service.lease(body.model, body.weighted_adapters)
+    service.metrics.asked(body.n, prompts=len(prompts))
     requests = [
-        GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares)
+        GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares, arrived)
         for index, (prompt, choice) in enumerate(choices)
     ]
     return reply, Generation(engine, requests, service.metrics, lease, body.stream)

@@ -4,15 +4,15 @@ engine thread:  on_output --> what has arrived --> call_soon_threadsafe --.
 event loop:                                                               '--> take
 
 The loop wakes for every output of a stream, but for a whole body only when a choice has finished:
-waking it costs more than anything else that is done for a token.
+waking it costs more than anything else that is done for a token. What waits for a slow client is
+put together, so that it is never more than a few outputs, and the text in them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections import deque
+import threading
 from collections.abc import Coroutine, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -32,6 +32,10 @@ T = TypeVar("T")
 
 # Nobody reads it but the access log, where proxies write this status for a client that left.
 CLIENT_GONE = 499
+# Outputs that wait to be taken; more of them are put together.
+MOST_WAITING = 256
+# What a refusal is counted as when the engine could not serve an adapter.
+ADAPTER_FAILED = "adapter_failed"
 
 
 class Generation:
@@ -55,15 +59,15 @@ class Generation:
         self._metrics = metrics
         self._lease = lease
         self._streamed = streamed
-        # Choice, output and when it came, on the monotonic clock; the engine's thread adds to it.
-        self._arrived: deque[tuple[int, RequestOutput, float]] = deque()
+        # Choice and output, oldest first; the engine's thread adds to them.
+        self._arrived: list[tuple[int, RequestOutput]] = []
+        self._lock = threading.Lock()
+        # A choice's failure that the next call of `take` tells of.
+        self._failed: ApiError | None = None
         # What `take` waits for.
         self._news: asyncio.Future[None] | None = None
         # Choice -> id of the request, while the engine still works on it.
         self._unfinished: dict[int, str] = {}
-        # Choice -> when its latest token came, on the monotonic clock.
-        self._last_token: dict[int, float] = {}
-        self._started = 0.0
 
     def __len__(self) -> int:
         """The number of choices."""
@@ -71,7 +75,6 @@ class Generation:
 
     def __enter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self._started = time.monotonic()
         try:
             for index, request in enumerate(self._requests):
                 self._engine.submit(request, partial(self._hand_over, index))
@@ -94,26 +97,31 @@ class Generation:
 
         Raises ApiError when the engine could not serve one of them.
         """
-        while self._unfinished and not self._arrived:
+        while self._unfinished and not self._arrived and self._failed is None:
             self._news = self._loop.create_future()
             await self._news
+        with self._lock:
+            arrived, self._arrived = self._arrived, []
         outputs: list[tuple[int, RequestOutput]] = []
-        while self._arrived:
-            index, output, came = self._arrived[0]
-            failed = output.finish_reason is FinishReason.ERROR
-            if failed and outputs:  # the next call tells of it
-                break
-            self._arrived.popleft()
-            self._observe(index, output, came)
-            if failed:
-                raise self._failure(index, output)
-            outputs.append((index, output))
+        for index, output in arrived:
+            if output.finished:
+                self._unfinished.pop(index, None)
+            if output.finish_reason is FinishReason.ERROR:
+                self._failed = self._failed or self._failure(index, output)
+            elif self._failed is None:
+                outputs.append((index, output))
+        if self._failed is not None and not outputs:
+            if self._streamed:  # with a status of success, that is
+                self._metrics.refusals.count(self._failed.status, self._failed.reason)
+            raise self._failed
         return outputs
 
     def _hand_over(self, index: int, output: RequestOutput) -> None:
         """On the engine's thread."""
-        # The time is taken here: a slow client must not count as a slow engine.
-        self._arrived.append((index, output, time.monotonic()))
+        with self._lock:
+            self._arrived.append((index, output))
+            if len(self._arrived) > MOST_WAITING:
+                self._arrived = _put_together(self._arrived)
         if self._streamed or output.finished:
             # A closed loop is a server that has stopped; nobody waits for the output.
             with contextlib.suppress(RuntimeError):
@@ -122,17 +130,6 @@ class Generation:
     def _tell(self) -> None:
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
-
-    def _observe(self, index: int, output: RequestOutput, came: float) -> None:
-        if output.token_ids:
-            if index in self._last_token:
-                self._metrics.inter_token_latency.observe(came - self._last_token[index])
-            else:
-                self._metrics.time_to_first_token.observe(came - self._started)
-            self._last_token[index] = came
-        if output.finished:
-            self._metrics.request_latency.observe(came - self._started)
-            self._unfinished.pop(index, None)
 
     def _abort_unfinished(self) -> None:
         for request_id in self._unfinished.values():
@@ -146,7 +143,17 @@ class Generation:
         # A living engine fails a request only for what the request asks of it.
         if not self._requests[index].adapters:
             return ApiError(400, reason)
-        return ApiError(400, f"model: {self._lease.name!r} cannot be served: {reason}", "model")
+        message = f"model: {self._lease.name!r} cannot be served: {reason}"
+        return ApiError(400, message, "model", reason=ADAPTER_FAILED)
+
+
+def _put_together(arrived: Sequence[tuple[int, RequestOutput]]) -> list[tuple[int, RequestOutput]]:
+    """One output for each choice, and its failure if it failed."""
+    together: dict[tuple[int, bool], RequestOutput] = {}
+    for index, output in arrived:
+        key = index, output.finish_reason is FinishReason.ERROR
+        together[key] = together[key].followed_by(output) if key in together else output
+    return [(index, output) for (index, _), output in together.items()]
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:

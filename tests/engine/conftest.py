@@ -12,9 +12,11 @@ import pytest
 
 from polydelta.adapters_store.composition import Share, combine
 from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.load_times import LoadTimes
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.adapters_store.traits import AdapterTraits
 from polydelta.engine.adapter_control import AdapterControl
+from polydelta.engine.adapter_usage import AdapterUsage
 from polydelta.engine.batch import AdapterRows, Batch, build_batch
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.host_adapter import HostAdapter
@@ -22,7 +24,7 @@ from polydelta.engine.kv_cache import KVCache
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.models.tokenizer import Tokenizer
 from polydelta.engine.pool import PagePool
-from polydelta.engine.request import GenerationRequest, SamplingParams
+from polydelta.engine.request import FinishReason, GenerationRequest, SamplingParams
 from polydelta.engine.residency import Residency
 from polydelta.engine.scheduler import Scheduler, SchedulerLimits
 from polydelta.engine.sequence import (
@@ -31,7 +33,8 @@ from polydelta.engine.sequence import (
     ScheduledSequence,
     Sequence,
 )
-from polydelta.engine.stats import StatsRecorder
+from polydelta.engine.stats import EngineStats
+from polydelta.engine.stats_recorder import StatsRecorder
 
 PAGE_BYTES = 100
 VOCABULARY = 50
@@ -141,11 +144,18 @@ class World:
         self.kv = KVCache(self.pool, block_size, costs, prefix_caching)
         self.num_wakes = 0
         self.residency = Residency(
-            self.pool, PAGE_BYTES, block_size, self.host, self._bind, costs, self._wake
+            self.pool,
+            PAGE_BYTES,
+            block_size,
+            self.host,
+            self._bind,
+            costs,
+            self._wake,
+            AdapterUsage(most_named=10),
         )
         self.scheduler = Scheduler(self.limits, self.pool, self.kv, self.residency)
         self.control = AdapterControl(self.pool, self.kv, self.residency, self.scheduler)
-        self.recorder = StatsRecorder(self.pool, self.kv, self.residency, costs)
+        self.recorder = StatsRecorder(self.pool, self.kv, self.residency, costs, LoadTimes())
         self.orders: list[Future[None]] = []
         self.submitted: list[Sequence] = []
         self.finished: list[Sequence] = []
@@ -177,8 +187,12 @@ class World:
         sequence = Sequence(request, lambda output: None)
         self.submitted.append(sequence)
         self.tokens[sequence] = list(sequence.token_ids)
+        self.recorder.arrived(sequence)
         self.scheduler.add(sequence)
         return sequence
+
+    def stats(self) -> EngineStats:
+        return self.recorder.snapshot(self.scheduler)
 
     def load(self, adapter: str, pin: bool = False) -> Future[None]:
         """Orders an adapter into the pool, as an operator does."""
@@ -223,10 +237,13 @@ class World:
         return SampledToken(token)
 
     def _commit(self, schedule: Schedule, tokens: list[SampledToken | None]) -> None:
+        gone = [item.sequence.has_left for item in schedule]
+        tokens = [None if left else t for left, t in zip(gone, tokens, strict=True)]
         self.scheduler.commit(schedule, tokens)
+        self.recorder.step(schedule, tokens, 0.01)
         for scheduled, token in zip(schedule, tokens, strict=True):
             sequence = scheduled.sequence
-            if sequence.has_left or token is None:
+            if token is None:
                 continue
             known = sequence.num_known - sequence.num_prompt_tokens
             enough = known == sequence.request.sampling.max_tokens
@@ -235,7 +252,7 @@ class World:
             if enough or self.scheduler.is_full(sequence):
                 self.scheduler.remove(sequence)
                 self.finished.append(sequence)
-        self.recorder.step(schedule, tokens, 0.01)
+                self.recorder.finished(sequence, FinishReason.LENGTH)
 
     def drain(self) -> None:
         """Ends every load and steps until nobody is left; fails when that takes too long."""
@@ -250,8 +267,7 @@ class World:
     def check(self) -> None:
         """What holds between any two steps."""
         self.scheduler.check_integrity()
-        self.recorder.refresh(self.scheduler)
-        now = self.recorder.snapshot
+        now = self.stats()
         assert now.pages_total == (
             now.pages_free
             + now.pages_kv

@@ -43,7 +43,7 @@ def test_an_answer_is_bounded_by_max_tokens(
         assert answer.finish_reason is FinishReason.LENGTH
         stats = engine.stats()
     assert (stats.prompt_tokens, stats.generation_tokens) == (50, 8)
-    assert stats.finished == {"length": 1}
+    assert {reason: n for reason, n in stats.finished.items() if n} == {"length": 1}
 
 
 def test_an_answer_ends_where_the_models_context_window_does(

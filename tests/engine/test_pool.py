@@ -15,6 +15,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from polydelta.engine.eviction import EvictionReason
 from polydelta.engine.pool import PageAllocator, PagePool
 
 
@@ -184,7 +185,7 @@ class PoolHistory(RuleBasedStateMachine):
     def retire(self, data: st.DataObject, cost: float, uses: int) -> None:
         key = data.draw(st.sampled_from(sorted(self.in_use)), "key")
         pages = self.idle[key] = self.in_use.pop(key)
-        self.pool.retire(key, pages, cost, uses, lambda: self._forget(key))
+        self.pool.retire(key, pages, cost, uses, lambda _: self._forget(key))
 
     @precondition(lambda self: self.idle)
     @rule(data=st.data())
@@ -199,7 +200,7 @@ class PoolHistory(RuleBasedStateMachine):
     def evict(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(sorted(self.idle)), "key")
         free = self.pool.num_free + len(self.idle[key])
-        self.pool.evict(key)
+        self.pool.evict(key, EvictionReason.ORDERED)
         assert key in self.forgotten
         assert self.pool.num_free == free
 
@@ -230,7 +231,7 @@ def test_what_is_cheapest_to_have_back_leaves_first_whatever_it_is() -> None:
     gone: list[str] = []
     worth = {"a prefix": (1.0, 3), "an adapter": (8.0, 1), "another prefix": (1.0, 1)}
     for key, (cost, uses) in worth.items():
-        pool.retire(key, pool.allocate(2), cost, uses, lambda key=key: gone.append(key))
+        pool.retire(key, pool.allocate(2), cost, uses, lambda _, key=key: gone.append(key))
     pool.allocate(1)
     assert gone == ["another prefix"]
     pool.allocate(5)
@@ -241,8 +242,8 @@ def test_what_nobody_used_again_leaves_first_whatever_it_costs() -> None:
     """A prompt that nobody sends again costs more to have back than an adapter, but nobody will."""
     pool = PagePool(4)
     gone: list[str] = []
-    pool.retire("an adapter", pool.allocate(2), 1.0, 5, lambda: gone.append("an adapter"))
-    pool.retire("a prompt", pool.allocate(2), 16.0, 0, lambda: gone.append("a prompt"))
+    pool.retire("an adapter", pool.allocate(2), 1.0, 5, lambda _: gone.append("an adapter"))
+    pool.retire("a prompt", pool.allocate(2), 16.0, 0, lambda _: gone.append("a prompt"))
     pool.allocate(1)
     assert gone == ["a prompt"]
 

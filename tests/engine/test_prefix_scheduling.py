@@ -104,10 +104,10 @@ def test_virtual_tokens_are_neither_prompt_tokens_nor_cached_ones(world: Worlds)
     for _ in range(2):
         w.submit(range(10), "p")
         w.drain()
-    w.recorder.refresh(w.scheduler)
-    now = w.recorder.snapshot
+    now = w.stats()
     # The second finds 1 + 2 * 4 of its tokens.
-    assert (now.prompt_tokens, now.prefix_queries, now.prefix_hits) == (11, 20, 9)
+    assert (now.prompt_tokens, now.prefix_queries, now.prefix_hits) == (20, 20, 9)
+    assert now.steps.computed["prefill"] == 11
     assert [s.num_cached for s in w.submitted] == [0, 9]
 
 

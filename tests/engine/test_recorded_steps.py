@@ -26,6 +26,7 @@ from polydelta.adapters_store.delta import (
     TokenRows,
 )
 from polydelta.adapters_store.folders import FolderCatalog
+from polydelta.adapters_store.load_times import LoadTimes
 from polydelta.adapters_store.packed import PackedAdapter
 from polydelta.adapters_store.packing import pack
 from polydelta.adapters_store.reference import AdapterRef
@@ -102,6 +103,7 @@ class Adapters:
             for m in every
             if "down_proj" in m or "k_proj" in m
         }
+        self.times = LoadTimes()
         self._adapters = {
             name: Adapter(name, 1, name, "TEST", modules) for name, modules in deltas.items()
         }

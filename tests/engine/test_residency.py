@@ -13,10 +13,11 @@ import pytest
 from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.adapters_store.traits import AdapterTraits
+from polydelta.engine.adapter_usage import AdapterUsage
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.host_adapter import AdapterPages, HostAdapter, count_pages
 from polydelta.engine.pool import PagePool
-from polydelta.engine.residency import Residency, ResidencyState
+from polydelta.engine.residency import Residency, ResidencyState, ResidentAdapter
 
 PAGE_BYTES = 10
 BLOCK = 4
@@ -45,7 +46,14 @@ class Setting:
         self.wakes = 0
         self.costs = CostModel()
         self.residency = Residency(
-            self.pool, PAGE_BYTES, BLOCK, self, self._bind, self.costs, self._wake
+            self.pool,
+            PAGE_BYTES,
+            BLOCK,
+            self,
+            self._bind,
+            self.costs,
+            self._wake,
+            AdapterUsage(most_named=1),
         )
 
     def load(self, ref: AdapterRef) -> Future[HostAdapter]:
@@ -83,7 +91,8 @@ def test_an_adapter_goes_from_disk_to_the_pool_and_back() -> None:
     assert residency.state(ONE) is ResidencyState.RESIDENT
     setting.pool.allocate(8)
     assert residency.state(ONE) is ResidencyState.ON_DISK
-    assert (residency.num_loads, residency.num_evictions) == (1, 1)
+    assert residency.usage.snapshot().total().swap_ins == 1
+    assert residency.evictions == {"room": 1, "ordered": 0, "deleted": 0}
 
 
 def test_a_load_that_ends_wakes_the_engine() -> None:
@@ -174,7 +183,7 @@ def test_the_time_to_compute_virtual_tokens_is_the_cost_of_their_adapter_alone(
     assert costs.load_seconds(1000) == before
     residency.release(ONE)
     # Cheaper for each page than the prompt, however many bytes it has.
-    pool.retire("cached", pool.allocate(2), cost=4.0, uses=1, forget=lambda: None)
+    pool.retire("cached", pool.allocate(2), cost=4.0, uses=1, forget=lambda _: None)
     pool.allocate(6)
     assert residency.is_resident(ONE)
     pool.allocate(1)
@@ -229,7 +238,7 @@ def test_a_new_adapter_takes_the_room_of_an_idle_one() -> None:
     setting.bring(ONE, 25)
     setting.residency.release(ONE)
     setting.bring(TWO, 35)
-    assert setting.residency.resident() == [TWO]
+    assert setting.residency.resident() == [ResidentAdapter(TWO.id, TWO.version, 4)]
     assert setting.residency.state(ONE) is ResidencyState.ON_DISK
 
 
@@ -280,7 +289,7 @@ def test_a_resident_adapter_is_not_dropped() -> None:
     setting.residency.drop_unused(ONE)
     setting.residency.release(ONE)
     setting.residency.drop_unused(ONE)
-    assert setting.residency.resident() == [ONE]
+    assert setting.residency.resident() == [ResidentAdapter(ONE.id, ONE.version, 3)]
 
 
 def test_the_size_of_an_adapter_that_is_not_loaded_is_not_known() -> None:

@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 
 from polydelta.adapters_store.errors import InUseError
 from polydelta.adapters_store.traits import AdapterTraits
+from polydelta.engine.eviction import EvictionReason
 from polydelta.engine.residency import ResidencyState
 from polydelta.engine.sequence import Schedule, Sequence
 
@@ -232,7 +233,7 @@ def test_many_requests_for_an_adapter_load_it_once(world: Worlds) -> None:
     w.submit([9, 9], "a")
     w.drain()
     assert w.host.asked == ["a"]
-    assert w.residency.num_loads == 1
+    assert w.stats().adapter_loads == 1
 
 
 def test_a_failed_load_fails_all_who_wait_for_it_and_nobody_else(world: Worlds) -> None:
@@ -351,7 +352,7 @@ def test_idle_adapters_are_evicted_to_make_room_for_kv(world: Worlds) -> None:
     w.submit(range(20), max_tokens=1)
     w.drain()
     assert w.residency.resident() == []
-    assert w.residency.num_evictions == 1
+    assert w.stats().adapter_evictions == 1
 
 
 def test_cached_prefixes_are_evicted_to_make_room_for_an_adapter(world: Worlds) -> None:
@@ -383,7 +384,7 @@ def test_the_adapter_of_a_preempted_sequence_may_leave_and_comes_back(world: Wor
     w.drain()
     assert set(w.finished) == {old, young}
     assert young.num_preemptions > 0
-    assert w.residency.num_evictions > 0
+    assert w.stats().adapter_evictions > 0
     assert young.num_output_tokens == 12
 
 
@@ -459,7 +460,7 @@ def test_a_prefix_outlives_the_adapter_that_made_it(world: Worlds) -> None:
         w.submit(range(5), "a")
         w.drain()
     adapter = w.submitted[0].adapter_refs[0]
-    w.pool.evict(adapter)
+    w.pool.evict(adapter, EvictionReason.ROOM)
     assert w.residency.state(adapter) is ResidencyState.ON_DISK
     again = w.submit(range(5), "a")
     w.drain()

@@ -66,6 +66,7 @@ class FakeEngine:
     max_model_len = 64
     max_batch_size = 64
     vocab_size = 300
+    pool_bytes = 1 << 20
 
     def __init__(self) -> None:
         self.tokenizer = FakeTokenizer()

@@ -1,0 +1,71 @@
+"""How many requests were answered with an error, and why."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# Where whoever refuses a request may leave a reason that says more than the status.
+REASON = "polydelta.refusal"
+
+REASONS = {
+    400: "bad_request",
+    401: "unauthorized",
+    404: "not_found",
+    405: "not_found",
+    408: "timeout",
+    409: "conflict",
+    413: "too_large",
+    422: "bad_request",
+    429: "overload",
+    499: "client_left",
+    503: "unavailable",
+}
+# Those that another try, later, would not have met.
+REJECTIONS = (429, 503)
+
+
+class Refusals:
+    """Counts; belongs to the event loop."""
+
+    def __init__(self, model_name: str, registry: CollectorRegistry) -> None:
+        self._model_name = model_name
+        self._refusals = Counter(
+            "polydelta_refusals",
+            "Requests answered with an error.",
+            ["model_name", "status", "reason"],
+            registry=registry,
+        )
+        self._rejections = Counter(
+            "vllm:admission_rejections",
+            "Requests refused for want of capacity.",
+            ["model_name", "engine", "reason"],
+            registry=registry,
+        )
+
+    def count(self, status: int, reason: str | None = None) -> None:
+        """reason: where there is a better one than the status gives."""
+        why = reason or REASONS.get(status, "bad_request" if status < 500 else "internal")
+        self._refusals.labels(self._model_name, str(status), why).inc()
+        if status in REJECTIONS:
+            self._rejections.labels(self._model_name, "0", why).inc()
+
+
+class CountRefusals:
+    """ASGI middleware: counts every response with the status of an error."""
+
+    def __init__(self, app: ASGIApp, refusals: Refusals) -> None:
+        self._app = app
+        self._refusals = refusals
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                self._refusals.count(message["status"], scope.get(REASON))
+            await send(message)
+
+        await self._app(scope, receive, watched)
