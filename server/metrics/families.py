@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -16,9 +16,13 @@ from prometheus_client.metrics_core import Metric
 if TYPE_CHECKING:  # the engine imports torch, which the routes do not need
     from polydelta.engine.histogram import Distribution
 
-# The value of a label, or the values of several.
-Values = TypeVar("Values", bound=str | tuple[str, ...])
-Simple = TypeVar("Simple", GaugeMetricFamily, CounterMetricFamily)
+# Each with the values of its labels.
+Samples = Iterable[tuple[tuple[str, ...], float]]
+
+
+def by_one(samples: Mapping[str, float]) -> Samples:
+    """Of a family with one label more."""
+    return (((value,), sample) for value, sample in samples.items())
 
 
 class Families:
@@ -30,21 +34,17 @@ class Families:
         self._values = list(labels.values())
 
     def gauge(self, name: str, text: str, value: float) -> Metric:
-        return self.gauges(name, text, (), {(): value})
+        return self.gauges(name, text, (), [((), value)])
 
     def counter(self, name: str, text: str, value: float) -> Metric:
-        return self.counters(name, text, (), {(): value})
+        return self.counters(name, text, (), [((), value)])
 
-    def gauges(
-        self, name: str, text: str, labels: tuple[str, ...], samples: Mapping[Values, float]
-    ) -> Metric:
-        """labels: more of them; samples: by the values of these."""
+    def gauges(self, name: str, text: str, labels: tuple[str, ...], samples: Samples) -> Metric:
+        """labels: more of them; samples: with the values of these."""
         family = GaugeMetricFamily(self._prefix + name, text, labels=[*self._names, *labels])
         return self._filled(family, samples)
 
-    def counters(
-        self, name: str, text: str, labels: tuple[str, ...], samples: Mapping[Values, float]
-    ) -> Metric:
+    def counters(self, name: str, text: str, labels: tuple[str, ...], samples: Samples) -> Metric:
         family = CounterMetricFamily(self._prefix + name, text, labels=[*self._names, *labels])
         return self._filled(family, samples)
 
@@ -70,8 +70,7 @@ class Families:
             )
         return family
 
-    def _filled(self, family: Simple, samples: Mapping[Values, float]) -> Simple:
-        for values, sample in samples.items():
-            more: list[str] = [values] if isinstance(values, str) else [*values]
-            family.add_metric(self._values + more, sample)
+    def _filled(self, family: GaugeMetricFamily | CounterMetricFamily, samples: Samples) -> Metric:
+        for values, sample in samples:
+            family.add_metric([*self._values, *values], sample)
         return family

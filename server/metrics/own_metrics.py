@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.metrics_core import Metric
 
-from polydelta.server.metrics.families import Families
+from polydelta.server.metrics.families import Families, by_one
 
 if TYPE_CHECKING:  # the engine imports torch, which the routes do not need
     from polydelta.engine.adapter_usage import AdapterCounts
@@ -57,7 +57,7 @@ class OwnMetrics:
             "adapters_idle": stats.pages_adapters_idle,
         }
         text = "Pages of the unified pool by who holds them."
-        yield make.gauges("pool_pages", text, ("owner",), owners)
+        yield make.gauges("pool_pages", text, ("owner",), by_one(owners))
         yield make.gauge("pool_size_pages", "Pages in the unified pool.", stats.pages_total)
         yield make.gauge("pool_bytes", "Bytes of the unified pool.", pool_bytes)
         evictions = {
@@ -69,7 +69,7 @@ class OwnMetrics:
             for reason, count in counts.items()
         }
         text = "Idle adapters and prefix blocks put out of the pool."
-        yield make.counters("evictions", text, ("kind", "reason"), evictions)
+        yield make.counters("evictions", text, ("kind", "reason"), evictions.items())
 
     def _loads(self, stats: EngineStats) -> Iterable[Metric]:
         make, copies = self._make, stats.usage.total()
@@ -80,11 +80,11 @@ class OwnMetrics:
             "Loads that succeeded: of files as uploaded (read, checked, packed) and of packed"
             " forms, from disk into host RAM; and from host RAM into the pool.",
             ("tier",),
-            loads | {"host": copies.swap_ins},
+            by_one(loads | {"host": copies.swap_ins}),
         )
         text = "What these took, in seconds."
         host = {"host": copies.swap_in_seconds}
-        yield make.counters("adapter_load_seconds", text, ("tier",), seconds | host)
+        yield make.counters("adapter_load_seconds", text, ("tier",), by_one(seconds | host))
         yield make.counter("adapter_load_failures", "Loads that failed.", stats.load_failures)
         text = "Requests that found an adapter of theirs outside the pool."
         yield make.counter("cold_starts", text, stats.cold_starts)
@@ -98,7 +98,7 @@ class OwnMetrics:
                 f"adapter_{name}",
                 f"{text}; by adapter, the bare base model among them.",
                 ("adapter",),
-                {adapter: getattr(counts, field) for adapter, counts in rows.items()},
+                by_one({adapter: getattr(counts, field) for adapter, counts in rows.items()}),
             )
         # The busiest first, as far as they are in the pool.
         busy = sorted(stats.resident, key=lambda one: one.id not in rows)
@@ -110,8 +110,12 @@ class OwnMetrics:
         if others:
             held[OTHER, ""] = len(others)
             pages[OTHER, ""] = sum(one.pages for one in others)
-        yield self._make.gauges("adapter_resident", "1 for an adapter in the pool.", labels, held)
-        yield self._make.gauges("adapter_pages", "Pages that it holds there.", labels, pages)
+        yield self._make.gauges(
+            "adapter_resident", "1 for an adapter in the pool.", labels, held.items()
+        )
+        yield self._make.gauges(
+            "adapter_pages", "Pages that it holds there.", labels, pages.items()
+        )
 
     def _counts(self, stats: EngineStats) -> Mapping[str, AdapterCounts]:
         """By the label that stands for each."""
@@ -135,4 +139,4 @@ class OwnMetrics:
         yield make.histogram("step_sequences", "Sequences in a step.", steps.sequences)
         yield make.histogram("step_adapters", "Different adapters in a step.", steps.adapters)
         text = "Tokens computed, recomputed ones again."
-        yield make.counters("step_tokens", text, ("phase",), steps.computed)
+        yield make.counters("step_tokens", text, ("phase",), by_one(steps.computed))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.metrics_core import Metric
 
-from polydelta.server.metrics.families import Families
+from polydelta.server.metrics.families import Families, by_one
 
 if TYPE_CHECKING:  # the engine imports torch, which the routes do not need
     from polydelta.engine.stats import EngineStats
@@ -57,7 +57,7 @@ class VllmMetrics:
             "num_requests_waiting_by_reason",
             "Requests waiting: for room (capacity), or for their adapter to be loaded (deferred).",
             ("reason",),
-            {"capacity": stats.num_waiting - deferred, "deferred": deferred},
+            by_one({"capacity": stats.num_waiting - deferred, "deferred": deferred}),
         )
         yield make.gauge(
             "kv_cache_usage_perc", "Share of the pool that KV in use holds, 0 to 1.", stats.kv_usage
@@ -69,7 +69,7 @@ class VllmMetrics:
             "enable_prefix_caching": str(stats.prefix_caching),
         }
         yield make.gauges(
-            "cache_config_info", "How KV is kept.", tuple(facts), {tuple(facts.values()): 1}
+            "cache_config_info", "How KV is kept.", tuple(facts), [(tuple(facts.values()), 1)]
         )
         # Routers read the label lists of the series with the newest value, a time.
         adapters = {
@@ -81,7 +81,7 @@ class VllmMetrics:
             "lora_requests_info",
             "Adapters of running and waiting requests; the value is the time.",
             tuple(adapters),
-            {tuple(adapters.values()): time.time()},
+            [(tuple(adapters.values()), time.time())],
         )
 
     def _counts(self, stats: EngineStats) -> Iterable[Metric]:
@@ -93,7 +93,7 @@ class VllmMetrics:
         yield counter("prefix_cache_hits", text, stats.prefix_hits)
         yield counter("num_preemptions", "Requests stopped to make room.", stats.preemptions)
         yield self._make.counters(
-            "request_success", "Requests that ended.", ("finished_reason",), stats.finished
+            "request_success", "Requests that ended.", ("finished_reason",), by_one(stats.finished)
         )
 
     def _list(self, adapters: tuple[str, ...]) -> str:
