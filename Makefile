@@ -27,7 +27,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgro
 # Where mypy finds the package's folders under the name that they are imported by.
 TYPECHECK := build/typecheck
 
-.PHONY: help serve test test-quick bench lint format venv test-venv lint-venv
+.PHONY: help serve test test-quick load-test bench lint format venv test-venv lint-venv
 .DELETE_ON_ERROR:
 
 help:  ## This list.
@@ -42,10 +42,13 @@ test: $(TEST)  ## Run the whole test suite; options for pytest in ARGS="-k sched
 test-quick: $(TEST)  ## Run the tests that take less than about ten seconds each.
 	@$(PYTEST) -m "not slow" $(ARGS)
 
+load-test: $(TEST)  ## Load a server for some minutes, and print what it did; options in ARGS="--list".
+	@$(BIN)/python -m load_tests.report $(if $(ARGS),$(ARGS),short)
+
 bench: $(TEST)  ## Measure against PEFT, the machine's floor and over HTTP; options in ARGS="--rounds 1".
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
-lint: $(LINT)  ## Check style, format and types: ruff and mypy.
+lint: $(LINT)  ## Check style, format and types (ruff, mypy), images and compose files.
 	@mkdir -p $(TYPECHECK)/polydelta
 	@for folder in server engine kernels adapters_store; do \
 		ln -sfn "$(CURDIR)/$$folder" $(TYPECHECK)/polydelta/$$folder; \
@@ -54,6 +57,8 @@ lint: $(LINT)  ## Check style, format and types: ruff and mypy.
 	$(BIN)/ruff check . || status=1; \
 	$(BIN)/ruff format --check . || status=1; \
 	(cd $(TYPECHECK) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml") || status=1; \
+	$(BIN)/hadolint docker/*.Dockerfile || status=1; \
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose*.yaml || status=1; \
 	exit $$status
 
 format: $(LINT)  ## Put the code into its format.
