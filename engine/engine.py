@@ -38,7 +38,7 @@ from polydelta.engine.step_stats import StepPhase
 logger = logging.getLogger(__name__)
 
 # How long whoever asks for counts waits for the step at hand, in seconds.
-STATS_PATIENCE = 5.0
+STATS_PATIENCE = 2.0
 
 Command = Callable[[], None]
 

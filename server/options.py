@@ -68,6 +68,9 @@ PrefixCaching = Annotated[
 ]
 
 FuseAfter = Annotated[int | None, setting("fuse_after", "--fuse-after", MEMORY, "STEPS")]
+CheckIntegrity = Annotated[
+    bool | None, setting("check_integrity", "--check-integrity/--no-check-integrity", MEMORY)
+]
 
 Host = Annotated[str | None, setting("host", "--host", HTTP)]
 Port = Annotated[int | None, setting("port", "--port", HTTP)]
@@ -75,4 +78,8 @@ ApiKey = Annotated[list[str] | None, setting("api_key", "--api-key", HTTP, "KEY"
 ShutdownTimeout = Annotated[float | None, setting("shutdown_timeout", "--shutdown-timeout", HTTP)]
 LogLevel = Annotated[
     str | None, setting("log_level", "--log-level", HTTP, "debug|info|warning|error")
+]
+MetricsAdapters = Annotated[int | None, setting("metrics_adapters", "--metrics-adapters", HTTP)]
+OtlpTracesEndpoint = Annotated[
+    str | None, setting("otlp_traces_endpoint", "--otlp-traces-endpoint", HTTP, "URL")
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from platformdirs import user_data_path
-from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic import AnyHttpUrl, ByteSize, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from polydelta.engine.config import EngineConfig
@@ -153,6 +153,22 @@ class ServerSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "warning", description="How much is logged; info has a line for each request."
     )
+    check_integrity: bool = Field(
+        False,
+        description="Balance the pool's books whenever the engine goes idle; for tests and debug"
+        " runs.",
+    )
+    metrics_adapters: int = Field(
+        100,
+        ge=0,
+        description="Adapters that /metrics tells of by name, the busiest; all others are in"
+        " one series, named other.",
+    )
+    otlp_traces_endpoint: AnyHttpUrl | None = Field(
+        None,
+        description="OpenTelemetry collector that traces of requests are sent to, such as"
+        " http://localhost:4318/v1/traces; needs the extra named tracing. Without it, none.",
+    )
 
     @field_validator("adapters", "adapter_root", mode="before")
     @classmethod
@@ -203,6 +219,8 @@ class ServerSettings(BaseSettings):
             prefix_caching=self.prefix_caching,
             quantization=self.quantization,
             fuse_after=self.fuse_after,
+            check_integrity=self.check_integrity,
+            named_adapters=self.metrics_adapters,
         )
 
 

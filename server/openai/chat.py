@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
@@ -28,6 +29,10 @@ from polydelta.server.openai.schemas import ChatRequest, StreamOptions
 from polydelta.server.openai.stream import EventStream, chunk_usage, reason
 from polydelta.server.openai.usage import UsageCount
 from polydelta.server.service import Service
+from polydelta.server.tracing import trace_of
+
+if TYPE_CHECKING:  # imports OpenTelemetry, which is an extra
+    from polydelta.server.spans import RequestTrace
 
 
 def chat_router(service: Service) -> APIRouter:
@@ -36,7 +41,7 @@ def chat_router(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=ChatCompletion)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, as the base model or as an adapter."""
-        reply, generation = await _prepare(service, body)
+        reply, generation = await _prepare(service, body, trace_of(request))
         if body.stream:
             return EventStream(generation, reply, reply.options)
         with generation:
@@ -49,25 +54,31 @@ def chat_router(service: Service) -> APIRouter:
     return router
 
 
-async def _prepare(service: Service, body: ChatRequest) -> tuple[ChatReply, Generation]:
+async def _prepare(
+    service: Service, body: ChatRequest, trace: RequestTrace | None
+) -> tuple[ChatReply, Generation]:
     """The reply to be written, and what it is made of. Raises ApiError."""
     arrived = time.monotonic()
+    limit_name = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
+    wanted = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
+    if trace is not None:
+        trace.asked("chat", body, wanted)
     service.check_alive()
     engine = service.engine
     prompt = await encode_chat(engine, body.messages)
     reply = ChatReply(service, body, prompt)
-    limit_name = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
-    wanted = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
     limit = output_limit(engine, len(prompt), wanted, limit_name)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = sampling_params(engine, body, limit, logprobs)
     lease = await service.lease(body.model, body.weighted_adapters)
+    if trace is not None:
+        trace.served_by(lease, reply.usage)
     service.metrics.asked(body.n, prompts=1)
     requests = [
         GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares, arrived)
         for index, choice in enumerate(for_choices(sampling, body.n))
     ]
-    return reply, Generation(engine, requests, service.metrics, lease, body.stream)
+    return reply, Generation(engine, requests, service.metrics, lease, body.stream, trace)
 
 
 class ChatReply:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
@@ -29,6 +30,10 @@ from polydelta.server.openai.schemas import CompletionRequest, StreamOptions
 from polydelta.server.openai.stream import EventStream, chunk_usage, reason
 from polydelta.server.openai.usage import UsageCount
 from polydelta.server.service import Service
+from polydelta.server.tracing import trace_of
+
+if TYPE_CHECKING:  # imports OpenTelemetry, which is an extra
+    from polydelta.server.spans import RequestTrace
 
 # OpenAI's own.
 DEFAULT_MAX_TOKENS = 16
@@ -40,7 +45,7 @@ def completions_router(service: Service) -> APIRouter:
     @router.post("/v1/completions", response_model=Completion)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or many, with the base model or an adapter."""
-        reply, generation = await _prepare(service, body)
+        reply, generation = await _prepare(service, body, trace_of(request))
         if body.stream:
             return EventStream(generation, reply, reply.options)
         with generation:
@@ -55,9 +60,13 @@ def completions_router(service: Service) -> APIRouter:
     return router
 
 
-async def _prepare(service: Service, body: CompletionRequest) -> tuple[CompletionReply, Generation]:
+async def _prepare(
+    service: Service, body: CompletionRequest, trace: RequestTrace | None
+) -> tuple[CompletionReply, Generation]:
     """The reply to be written, and what it is made of, prompt by prompt. Raises ApiError."""
     arrived = time.monotonic()
+    if trace is not None:
+        trace.asked("text_completion", body, body.max_tokens)
     service.check_alive()
     engine = service.engine
     prompts = await encode_prompts(engine, body.prompt)
@@ -70,12 +79,14 @@ async def _prepare(service: Service, body: CompletionRequest) -> tuple[Completio
         sampling = sampling_params(engine, body, limit, body.logprobs)
         choices += [(prompt, choice) for choice in for_choices(sampling, body.n)]
     lease = await service.lease(body.model, body.weighted_adapters)
+    if trace is not None:
+        trace.served_by(lease, reply.usage)
     service.metrics.asked(body.n, prompts=len(prompts))
     requests = [
         GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares, arrived)
         for index, (prompt, choice) in enumerate(choices)
     ]
-    return reply, Generation(engine, requests, service.metrics, lease, body.stream)
+    return reply, Generation(engine, requests, service.metrics, lease, body.stream, trace)
 
 
 class CompletionReply:

@@ -24,8 +24,9 @@ from polydelta.engine.request import FinishReason, GenerationRequest, RequestOut
 from polydelta.server.errors import ApiError
 from polydelta.server.metrics import Metrics
 
-if TYPE_CHECKING:  # the engine imports torch, which the routes do not need
+if TYPE_CHECKING:  # these import torch, which the routes do not need, and OpenTelemetry, an extra
     from polydelta.engine.engine import Engine
+    from polydelta.server.spans import RequestTrace
 
 T = TypeVar("T")
 
@@ -52,13 +53,16 @@ class Generation:
         metrics: Metrics,
         lease: Lease,
         streamed: bool,
+        trace: RequestTrace | None = None,
     ) -> None:
-        """streamed: outputs are wanted as they come, and not when a choice has finished."""
+        """streamed: outputs are wanted as they come, and not when a choice has finished.
+        trace: is told how each choice ended."""
         self._engine = engine
         self._requests = requests
         self._metrics = metrics
         self._lease = lease
         self._streamed = streamed
+        self._trace = trace
         # Choice and output, oldest first; the engine's thread adds to them.
         self._arrived: list[tuple[int, RequestOutput]] = []
         self._lock = threading.Lock()
@@ -106,6 +110,8 @@ class Generation:
         for index, output in arrived:
             if output.finished:
                 self._unfinished.pop(index, None)
+                if self._trace is not None:
+                    self._trace.choice_ended(index, output)
             if output.finish_reason is FinishReason.ERROR:
                 self._failed = self._failed or self._failure(index, output)
             elif self._failed is None:

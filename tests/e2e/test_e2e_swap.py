@@ -59,7 +59,7 @@ class Api:
         return {s.labels[label]: s.value for s in samples if s.name == name}
 
     def loads(self) -> float:
-        return self.metrics("polydelta_adapter_loads_total", "model_name")["tiny"]
+        return self.metrics("polydelta_adapter_loads_total", "tier")["host"]
 
 
 class Stream:

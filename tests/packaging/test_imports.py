@@ -20,6 +20,9 @@ MAY_IMPORT = {
     "kernels": set[str](),
     "adapters_store": set[str](),
 }
+# Extra -> the one module that imports what it installs; it is loaded only when it is asked for, as
+# tests/server/test_tracing.py shows.
+EXTRAS = {"tracing": "server/spans.py"}
 # Builds of torch for CUDA require these, builds for a CPU do not.
 WITH_CUDA = {"triton"}
 # Libraries of the HTTP front end and of the command line.
@@ -59,14 +62,13 @@ def imports(module: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, name
 
 
-def third_party() -> set[str]:
-    """Top-level names that the package imports and that are neither its own nor Python's."""
-    names = {
-        name.partition(".")[0]
-        for folder in MAY_IMPORT
-        for module in modules(folder)
-        for _, name in imports(module)
-    }
+def third_party(extra: str | None = None) -> set[str]:
+    """Top-level names that an extra's module imports, or all others, and that are neither the
+    package's own nor Python's."""
+    apart = {ROOT / module for module in EXTRAS.values()}
+    every = {module for folder in MAY_IMPORT for module in modules(folder)}
+    asked = every - apart if extra is None else {ROOT / EXTRAS[extra]}
+    names = {name.partition(".")[0] for module in asked for _, name in imports(module)}
     return names - sys.stdlib_module_names - {"polydelta"}
 
 
@@ -77,9 +79,23 @@ def distribution(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", name[0]).lower()
 
 
-def dependencies() -> set[str]:
+def dependencies(extra: str | None = None) -> set[str]:
+    """What the package requires, or one of its extras does besides."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return {distribution(line) for line in project["dependencies"]}
+    if extra is None:
+        return {distribution(line) for line in project["dependencies"]}
+    return {distribution(line) for line in project["optional-dependencies"][extra]}
+
+
+def brought_by(names: set[str]) -> set[str]:
+    """The distributions themselves, and what they require whatever the extras."""
+    required = {
+        distribution(line)
+        for name in names
+        for line in requires(name) or ()
+        if "extra ==" not in line
+    }
+    return names | required
 
 
 def distributions_of(module: str) -> set[str]:
@@ -144,14 +160,17 @@ def hands_on_names(node: ast.stmt) -> bool:
 
 
 def test_what_is_imported_is_a_dependency_or_required_by_one() -> None:
-    brought = {
-        distribution(line)
-        for name in dependencies()
-        for line in requires(name) or ()
-        if "extra ==" not in line
-    }
-    known = dependencies() | brought | WITH_CUDA
+    known = brought_by(dependencies()) | WITH_CUDA
     assert {name for name in third_party() if not distributions_of(name) & known} == set()
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_what_an_extras_module_imports_is_a_dependency_or_comes_with_the_extra(extra: str) -> None:
+    known = brought_by(dependencies() | dependencies(extra))
+    assert {name for name in third_party(extra) if not distributions_of(name) & known} == set()
+    assert dependencies(extra) <= {
+        name for module in third_party(extra) for name in distributions_of(module)
+    }
 
 
 def test_what_only_cuda_builds_of_torch_bring_is_imported_for_cuda_only() -> None:

@@ -202,18 +202,23 @@ def test_requests_that_were_refused_are_counted_by_why(samples, client, stream, 
     assert "error" in stream("/v1/completions")[-1]
     engine.alive = False
     assert ask() == 503
+    # A probe is told the same, and is no request.
+    assert client.get("/ready").status_code == 503
     found = samples()
     refused = {
         tuple(dict(labels).values()): value
         for (name, labels), value in found.items()
-        if name == "polydelta_refusals_total"
+        if name == "polydelta_refusals_total" and value
     }
     assert refused == {
         ("not_found", "404"): 2,
         ("bad_request", "400"): 3,
         ("unavailable", "503"): 1,
     }
-    assert by_label(found, "vllm:admission_rejections_total", "reason") == {"unavailable": 1}
+    assert by_label(found, "vllm:admission_rejections_total", "reason") == {
+        "overload": 0,
+        "unavailable": 1,
+    }
 
 
 def test_two_servers_in_one_process_count_apart(make_app, complete):

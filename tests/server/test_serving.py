@@ -2,127 +2,228 @@
 
 from __future__ import annotations
 
-import os
+import json
 import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
 
-from polydelta.server.serving import bind, url_of
+from polydelta.server.serving import LAST_BYTES, LAST_SECONDS, LAST_STEP, bind, url_of
 from polydelta.server.settings import SettingsError
 
-PROGRAM = """
-import sys
-sys.path.insert(0, {folder!r})
-from conftest import FakeEngine
-from pathlib import Path
-from polydelta.engine.request import FinishReason, RequestOutput
-from polydelta.engine.stats import EngineStats
-from polydelta.server.app import create_app
-from polydelta.server.serving import Server, bind, url_of
-from polydelta.server.settings import load_settings
-from polydelta.server.stores import disk_tier, make_publisher, open_store
+PROGRAM = Path(__file__).with_name("fake_server.py")
+# Seconds; far more than anything here takes.
+PATIENCE = 30.0
 
-class StoppableEngine(FakeEngine):
-    def __init__(self):
-        super().__init__()
-        self.alive = False
-        self.handlers = {{}}
 
-    def start(self):
-        self.alive = True
+@dataclass
+class Serving:
+    process: subprocess.Popen[str]
+    url: str
+    folder: Path
 
-    def stats(self):
-        return EngineStats(num_running=len(self.handlers))
+    def stream(self, prompt: str = "Hi") -> httpx.Client:
+        """To be entered; a stream without end."""
+        body = {"model": "fake-base", "prompt": prompt, "stream": True}
+        return httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=PATIENCE)
 
-    def submit(self, request, on_output):
-        self.handlers[request.request_id] = on_output
-        super().submit(request, on_output)
+    def connect(self, first: bytes = b"") -> socket.socket:
+        """A connection with a small window, on which `first` was sent."""
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(PATIENCE)
+        connection.connect(("127.0.0.1", httpx.URL(self.url).port))
+        connection.sendall(first)
+        return connection
 
-    def shutdown(self, timeout=10.0):
-        self.alive = False
-        for request_id, on_output in self.handlers.items():
-            self.aborted.add(request_id)
-            on_output(RequestOutput(request_id, "", (), finish_reason=FinishReason.ABORT))
-        self.handlers.clear()
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=PATIENCE)
 
-engine = StoppableEngine()
-engine.endless = True
-settings = load_settings(
-    adapters=(), store=Path({store!r}), port=0, shutdown_timeout={timeout}
-)
-store = open_store(settings)
-with bind(settings.host, settings.port) as bound:
-    publisher = make_publisher(store, engine, settings, disk_tier(store, settings))
-    app = create_app(engine, store, publisher, settings)
-    ready = lambda: print(url_of(bound), flush=True)
-    Server(app, engine, settings, ready).serve_until_stopped(bound)
-print("stopped", flush=True)
-"""
+    def until_draining(self) -> httpx.Response:
+        deadline = time.monotonic() + PATIENCE
+        while (ready := self.get("/ready")).status_code == 200:
+            assert time.monotonic() < deadline
+        return ready
 
 
 @pytest.fixture
-def serve(tmp_path):
-    """Starts the program; its process and its URL."""
+def serve(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
+    """Starts the program with these options."""
     started = []
 
-    def start(timeout: float = 0.0) -> tuple[subprocess.Popen, str]:
-        program = textwrap.dedent(PROGRAM).format(
-            folder=os.path.dirname(__file__), store=str(tmp_path), timeout=timeout
-        )
+    def start(**options: object) -> Serving:
+        arguments = json.dumps({"folder": str(tmp_path), **options})
         process = subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+            [sys.executable, PROGRAM, arguments], stdout=subprocess.PIPE, text=True
         )
         started.append(process)
-        return process, process.stdout.readline().strip()
+        return Serving(process, process.stdout.readline().strip(), tmp_path)
 
     yield start
     for process in started:
         process.kill()
         process.wait()
+        process.stdout.close()
+
+
+def post(body: bytes, sent: bytes | None = None) -> bytes:
+    """A request for a completion; of the body only `sent`."""
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + (body if sent is None else sent)
+
+
+def completion(prompt: str, **fields: object) -> bytes:
+    return json.dumps({"model": "fake-base", "prompt": prompt, **fields}).encode()
+
+
+def everything(connection: socket.socket) -> bytes:
+    """What comes until the connection has ended."""
+    found = b""
+    with suppress(ConnectionResetError):
+        while piece := connection.recv(1 << 16):
+            found += piece
+    return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_an_idle_server_with_code_0(serve, number):
-    process, url = serve()
-    assert httpx.get(f"{url}/health").status_code == 200
-    process.send_signal(number)
-    assert process.wait(10) == 0
-    assert process.stdout.read() == "stopped\n"
+    serving = serve(shutdown_timeout=PATIENCE)
+    assert serving.get("/health").status_code == 200
+    serving.process.send_signal(number)
+    assert serving.process.wait(10) == 0
+    assert serving.process.stdout.read() == "stopped\n"
 
 
-def test_requests_in_flight_end_with_abort(serve):
-    process, url = serve()
-    body = {"model": "fake-base", "prompt": "Hi", "stream": True}
-    began = time.monotonic()
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as answer:
+def test_without_a_timeout_requests_in_flight_end_with_abort(serve):
+    serving = serve()
+    with serving.stream() as answer:
         lines = answer.iter_lines()
         next(lines)
-        process.terminate()
+        serving.process.terminate()
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert '"finish_reason":"abort"' in rest[-2]
-    assert process.wait(10) == 0
-    assert time.monotonic() - began < 10
+    assert serving.process.wait(10) == 0
 
 
-def test_requests_in_flight_get_the_time_that_was_set(serve):
-    process, url = serve(timeout=1.0)
-    body = {"model": "fake-base", "prompt": "Hi", "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as answer:
-        next(answer.iter_lines())
-        process.terminate()
+def test_requests_in_flight_may_finish_while_new_ones_are_refused(serve):
+    serving = serve(shutdown_timeout=600.0)
+    whole = completion("Hi")
+    with (
+        serving.stream() as answer,
+        httpx.Client(base_url=serving.url) as kept,
+        ExitStack() as open_,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        assert kept.get("/version").headers.get("connection") is None
+        upload = open_.enter_context(serving.connect(post(whole, whole[:7])))
+        serving.process.terminate()
+
+        ready = serving.until_draining()
+        assert (ready.status_code, ready.json()) == (503, {"status": "draining"})
+        for path in ("/health", "/ping", "/version", "/metrics"):
+            assert serving.get(path).status_code == 200
+        refusal = kept.post("/v1/completions", content=whole)
+        assert refusal.status_code == 503
+        assert "about to stop" in refusal.json()["error"]["message"]
+        assert int(refusal.headers["retry-after"]) > 0
+        assert refusal.headers["connection"] == "close"
+        assert serving.get("/v1/models").status_code == 503
+
+        upload.sendall(whole[7:])
+        serving.folder.joinpath("finish").touch()
+        rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason":"stop"' in rest[-2]
+        assert upload.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+    assert serving.process.wait(10) == 0
+
+
+def test_what_has_not_finished_in_time_is_aborted(serve):
+    serving = serve(shutdown_timeout=1.0)
+    with serving.stream() as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        serving.process.terminate()
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.8)
-        # Nobody new is let in meanwhile.
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/health")
-        assert process.wait(10) == 0
+            serving.process.wait(0.8)
+        assert '"finish_reason":"abort"' in [line for line in lines if line][-2]
+    assert serving.process.wait(10) == 0
+
+
+def test_a_second_signal_ends_the_wait(serve):
+    serving = serve(shutdown_timeout=600.0)
+    with serving.stream() as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        serving.process.terminate()
+        serving.until_draining()
+        serving.process.terminate()
+        assert '"finish_reason":"abort"' in [line for line in lines if line][-2]
+    assert serving.process.wait(10) == 0
+
+
+def test_no_client_and_no_step_of_the_engine_holds_up_the_end(serve):
+    assert LAST_STEP + LAST_BYTES < LAST_SECONDS < 10
+    serving = serve(stuck=True, hangs=True, limits=[0.4, 1, 2.5])
+    much = post(completion("much", stream=True))
+    beginnings = (b"", b"GET /heal", post(completion("Hi"), b"{"), much, post(completion("Hi")))
+    with ExitStack() as connections:
+        connected = [connections.enter_context(serving.connect(b)) for b in beginnings]
+        connected[3].recv(1)
+        serving.process.terminate()
+        assert serving.process.wait(10) == 0
+        assert connected[2].recv(1 << 16).startswith(b"HTTP/1.1 503 ")
+
+
+def test_a_client_that_takes_nothing_loses_its_request(serve):
+    serving = serve(reader_seconds=0.5, shutdown_timeout=600.0)
+    with serving.connect(post(completion("much", stream=True))) as asleep:
+        asleep.recv(1)
+        assert serving.process.stdout.readline() == "aborted\n"
+        assert not everything(asleep).endswith(b"[DONE]\n\n\r\n0\r\n\r\n")
+    # Nothing is left of it to be waited for.
+    serving.process.terminate()
+    assert serving.process.wait(10) == 0
+
+
+def test_a_connection_without_a_request_is_closed(serve):
+    serving = serve(head_seconds=0.5)
+    with serving.connect() as silent, serving.connect(b"GET /health HTTP/1.1\r\nHo") as half:
+        assert everything(silent) == everything(half) == b""
+    assert serving.get("/health").status_code == 200
+
+
+def test_when_the_engine_crashes_everybody_is_told(serve):
+    serving = serve(shutdown_timeout=600.0)
+    whole = completion("Hi")
+    with serving.stream() as answer, serving.connect(post(whole)) as waiting:
+        lines = answer.iter_lines()
+        next(lines)
+        with serving.stream("crash") as crashed:
+            assert '"code": 503' in next(crashed.iter_lines())
+        rest = [line for line in lines if line]
+        assert '"code": 503' in rest[-2]
+        assert rest[-1] == "data: [DONE]"
+        assert waiting.recv(1 << 16).startswith(b"HTTP/1.1 503 ")
+    for path in ("/health", "/ready"):
+        assert serving.get(path).status_code == 503
+    assert httpx.post(f"{serving.url}/v1/completions", content=whole).status_code in (400, 503)
+    assert serving.get("/metrics").status_code == 200
+    serving.process.terminate()
+    assert serving.process.wait(10) == 0
 
 
 def test_a_taken_port_is_a_settings_error():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from polydelta.adapters_store.errors import AdapterError
+from polydelta.adapters_store.errors import AdapterError, StoreError
 from polydelta.engine.residency import AdapterPlace, ResidencyState
 
 # `World` of conftest.py.
@@ -330,6 +330,25 @@ def test_uses_and_users_are_current(
         assert time.time() - record["last_used"] < 60
         assert client.get("/v1/adapters/f").json()["active_requests"] == 1
     assert client.get("/v1/adapters/a@1").json()["active_requests"] == 0
+
+
+def test_a_catalog_that_cannot_be_written_is_read_all_the_same(
+    client: TestClient,
+    world: Worlds,
+    make_lora: Make,
+    upload: Upload,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(uses: Any) -> None:
+        raise StoreError("The disk is full.")
+
+    upload("sql", make_lora())
+    world.store.lease([("sql", 1.0)]).release()
+    with monkeypatch.context() as full:
+        full.setattr(world.store.catalog, "count_uses", fail)
+        for path in ("/v1/adapters", "/v1/adapters/sql", "/v1/adapters/sql/versions"):
+            assert client.get(path).status_code == 200
+    assert client.get("/v1/adapters/sql").json()["uses"] == 1
 
 
 @pytest.mark.parametrize("path", ["none", "a@2", "a@0", "a@x", "..", "base", "%00", "a%2Fb"])

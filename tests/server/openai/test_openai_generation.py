@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 from starlette.requests import ClientDisconnect
+
+from polydelta.adapters_store.leases import Lease
+from polydelta.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprob,
+)
+from polydelta.server.errors import ApiError
+from polydelta.server.openai.generation import MOST_WAITING, Generation
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"prompt": ["a", "b"]}
@@ -170,3 +182,40 @@ def test_the_loop_is_woken_for_a_whole_body_only_when_it_is_whole(app, engine):
 
     assert asyncio.run(wakes(stream=False)) == 1
     assert asyncio.run(wakes(stream=True)) == len("Hello")
+
+
+def test_what_waits_for_a_slow_client_is_put_together_and_none_of_it_is_lost():
+    """Three choices of one request, of which one fails at last, and nobody takes anything."""
+    count, handlers = 2 * MOST_WAITING + 37, []
+    taker = SimpleNamespace(
+        submit=lambda request, on_output: handlers.append(on_output), abort=lambda _: None
+    )
+    requests = [GenerationRequest(f"r{number}", (1,), SamplingParams()) for number in range(3)]
+    metrics = SimpleNamespace(refusals=SimpleNamespace(count=lambda *_: None))
+    taker.alive = True
+
+    async def scenario():
+        lease = Lease("base", (), (), lambda: None)
+        with Generation(taker, requests, metrics, lease, streamed=True) as generation:
+            for number in range(count):
+                for choice in (0, 1, 2):
+                    token = TokenLogprob(number, -1.0, ())
+                    output = RequestOutput("", f"{choice}.{number} ", (number,), (token,))
+                    handlers[choice](output)
+                assert len(generation._arrived) <= MOST_WAITING
+            for choice, end in enumerate(("LENGTH", "STOP", "ERROR")):
+                handlers[choice](RequestOutput("", "", (), finish_reason=FinishReason[end]))
+            taken = await generation.take()
+            for choice in (0, 1, 2):
+                mine = [output for index, output in taken if index == choice]
+                whole = "".join(output.text for output in mine)
+                assert whole == "".join(f"{choice}.{number} " for number in range(count))
+                numbers = [token for output in mine for token in output.token_ids]
+                assert numbers == list(range(count))
+                assert [one.token_id for output in mine for one in output.logprobs] == numbers
+            ends = [output.finish_reason for _, output in taken if output.finished]
+            assert ends == [FinishReason.LENGTH, FinishReason.STOP]
+            with pytest.raises(ApiError):
+                await generation.take()
+
+    asyncio.run(scenario())
