@@ -27,7 +27,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgro
 # Where mypy finds the package's folders under the name that they are imported by.
 TYPECHECK := build/typecheck
 
-.PHONY: help serve test test-quick load-test bench lint format venv test-venv lint-venv
+.PHONY: help serve test test-quick test-long load-test bench lint format venv test-venv lint-venv
 .DELETE_ON_ERROR:
 
 help:  ## This list.
@@ -36,11 +36,14 @@ help:  ## This list.
 serve: $(RUN)  ## Serve on 127.0.0.1:8000; options in ARGS="--port 9000 --adapters DIR --dtype float32".
 	@exec $(BIN)/polydelta serve $(ARGS)
 
-test: $(TEST)  ## Run the whole test suite; options for pytest in ARGS="-k scheduler -x".
-	@$(PYTEST) $(ARGS)
+test: $(TEST)  ## Run the test suite; options for pytest in ARGS="-k scheduler -x".
+	@$(PYTEST) -m "not long" $(ARGS)
 
 test-quick: $(TEST)  ## Run the tests that take less than about ten seconds each.
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow and not long" $(ARGS)
+
+test-long: $(TEST)  ## Run the longest tests, of which `make test` has a shorter form.
+	@$(PYTEST) -m long $(ARGS)
 
 load-test: $(TEST)  ## Load a server for some minutes, and print what it did; options in ARGS="--list".
 	@$(BIN)/python -m load_tests.report $(if $(ARGS),$(ARGS),short)

@@ -18,11 +18,20 @@ ROOT = Path(__file__).parents[2]
 HTTP = ("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "prometheus_client")
 
 
+# Parity has a test of its own, in tests/parity/.
 @pytest.mark.slow
-def test_every_section_runs_and_is_right_in_the_interpreter(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["lora", "attention", "decode"],
+        pytest.param([n for n in SECTIONS if n != "parity"], marks=pytest.mark.long),
+    ],
+    ids=["three", "all"],
+)
+def test_every_section_runs_and_is_right_in_the_interpreter(
+    names: list[str], tmp_path: Path
+) -> None:
     result = tmp_path / "gpu.json"
-    # Parity has a test of its own, in tests/parity/.
-    names = [name for name in SECTIONS if name != "parity"]
     command = [sys.executable, "-m", "benchmarks.gpu", "--quick", "--output", str(result)]
     run = subprocess.run(
         [*command, "--sections", ",".join(names)],

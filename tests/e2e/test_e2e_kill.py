@@ -26,8 +26,8 @@ from polydelta.adapters_store.formats.files import folder_digest
 from polydelta.adapters_store.packed_file import read_packed
 from polydelta.adapters_store.reference import CONFIG_FILE, WEIGHTS_FILE
 
-# Stores that are treated so at the same time, and kills of each.
-CHAINS, KILLS = 2, 26
+# Stores that are treated so at the same time.
+CHAINS = 2
 PROMPT = "The quick brown fox jumps over the lazy dog, once more."
 # Each about 2 MB, so that a kill can fall into its check and its move.
 CONTENTS, RANK = 5, 200
@@ -140,7 +140,7 @@ def check_store(store: Path) -> None:
 
 
 def kill_again_and_again(
-    start: Callable[[], Any], store: Path, contents: list[Content], seed: int
+    start: Callable[[], Any], store: Path, contents: list[Content], seed: int, kills: int
 ) -> Counter[str]:
     """How many kills fell where."""
     chance, phases = random.Random(seed), Counter[str]()
@@ -150,7 +150,7 @@ def kill_again_and_again(
         content.answer = ask(running.url, "bot")
     assert len({content.answer for content in contents}) == CONTENTS
     version, current = CONTENTS, contents[-1]
-    for _ in range(KILLS):
+    for _ in range(kills):
         wanted = chance.choice([content for content in contents if content is not current])
         in_body = chance.random() < 0.4
         sending = chance.uniform(0.05, SENDING) if in_body else 0.0
@@ -184,9 +184,11 @@ def kill_again_and_again(
     return phases
 
 
+# Of each store, and how many must have fallen into each place, or the test says nothing of it.
 @pytest.mark.slow
+@pytest.mark.parametrize(("kills", "enough"), [(5, 0), pytest.param(26, 3, marks=pytest.mark.long)])
 def test_a_kill_at_any_moment_of_an_upload_leaves_the_old_version_or_the_new_one(
-    launch, tiny_file, tiny_file_layout, adapter_writer, tmp_path
+    kills, enough, launch, tiny_file, tiny_file_layout, adapter_writer, tmp_path
 ):
     seed = random.randrange(1 << 32)
     print("seed", seed)
@@ -204,12 +206,11 @@ def test_a_kill_at_any_moment_of_an_upload_leaves_the_old_version_or_the_new_one
         def start():
             return launch("--model", str(tiny_file), "--store", str(store), "--adapters", str(none))
 
-        return kill_again_and_again(start, store, contents, seed + number)
+        return kill_again_and_again(start, store, contents, seed + number, kills)
 
     none = tmp_path / "none"
     none.mkdir()
     with ThreadPoolExecutor(CHAINS) as chains:
         phases = sum(chains.map(chain, range(CHAINS)), Counter[str]())
     print(dict(phases))
-    # Or the test says nothing about one of them.
-    assert min(phases[place] for place in (BODY, CHECK, ANSWERED)) >= 3
+    assert min(phases[place] for place in (BODY, CHECK, ANSWERED)) >= enough

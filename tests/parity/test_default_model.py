@@ -38,13 +38,17 @@ def reference() -> AutoModelForCausalLM:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "asked", [PROMPTS[:3], pytest.param(PROMPTS[3:], marks=pytest.mark.long)], ids=["3", "the rest"]
+)
 def test_greedy_tokens_equal_those_of_transformers_over_200_tokens(
+    asked: list[str],
     reference: AutoModelForCausalLM,
     default_checkpoint: Checkpoint,
     serve: Callable,
     run: Callable,
 ) -> None:
-    prompts = [default_checkpoint.tokenizer.encode(prompt) for prompt in PROMPTS]
+    prompts = [default_checkpoint.tokenizer.encode(prompt) for prompt in asked]
     params = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
     requests = [
         GenerationRequest(str(number), prompt, params) for number, prompt in enumerate(prompts)
@@ -61,7 +65,7 @@ def test_greedy_tokens_equal_those_of_transformers_over_200_tokens(
                 eos_token_id=None,
                 pad_token_id=0,
             )[0, len(prompt) :].tolist()
-        assert answers[str(number)].token_ids == expected, PROMPTS[number]
+        assert answers[str(number)].token_ids == expected, asked[number]
 
 
 def test_the_tokenizer_from_the_file_equals_that_of_transformers(

@@ -38,7 +38,7 @@ def compile_all(arch: int, folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [90, pytest.param(80, marks=pytest.mark.long)])
 def test_every_kernel_compiles_and_hot_ones_do_not_spill(arch: int, tmp_path: Path) -> None:
     compiled = compile_all(arch, tmp_path)
     names = [f"{one['module']}: {one['name']}" for one in compiled]
