@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import Future
 
@@ -10,6 +11,9 @@ from polydelta.adapters_store.disk_tier import AdapterLoader
 from polydelta.adapters_store.packed import PackedAdapter
 from polydelta.adapters_store.packed_file import in_memory
 from polydelta.adapters_store.reference import AdapterRef
+
+# What loads get to end when the store is closed.
+CLOSE_SECONDS = 2.0
 
 
 class HostStore:
@@ -82,13 +86,15 @@ class HostStore:
             if (packed := self._kept.pop(ref, None)) is not None:
                 self._kept_bytes -= self._size(packed)
 
-    def close(self) -> None:
-        """Waits for loads that have begun; those that have not fail."""
+    def close(self, timeout: float = CLOSE_SECONDS) -> None:
+        """Loads that have not begun fail; those that have are waited for, so many seconds in all: a
+        disk that hangs must not keep the process."""
         with self._lock:
             self._closed = True
             threads = list(self._threads)
+        until = time.monotonic() + timeout
         for thread in threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
         with self._lock:
             self._kept.clear()
             self._kept_bytes = 0

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from polydelta.adapters_store.catalog import Catalog
 from polydelta.adapters_store.content import ContentStore
+from polydelta.adapters_store.errors import StoreError
 from polydelta.adapters_store.file_lock import Turn
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -40,7 +41,7 @@ class PendingContents:
         stays if a version has it. Raises StoreError."""
         with self._turn.taken():
             for digest in digests:
-                (self._folder / digest).touch()
+                self._note(digest)
             try:
                 yield
             finally:
@@ -53,6 +54,12 @@ class PendingContents:
             for note in list(self._folder.iterdir()):
                 if _DIGEST.fullmatch(note.name):
                     self._settle(note.name)
+
+    def _note(self, digest: str) -> None:
+        try:
+            (self._folder / digest).touch()
+        except OSError as error:
+            raise StoreError(f"The store's disk cannot be written ({error.strerror}).") from None
 
     def _settle(self, digest: str) -> None:
         if not self._catalog.has_digest(digest):

@@ -294,6 +294,13 @@ class AdapterStore:
             self._leases.put_back(uploaded)
             raise
 
+    def try_to_flush(self) -> None:
+        """As `flush`, for whoever can do without: a catalog on a full disk can still be read."""
+        try:
+            self.flush()
+        except StoreError as error:
+            logger.warning("uses of adapters will be written later: %s", error)
+
     def _flush_soon(self) -> None:
         """On a thread of its own: a catalog that cannot be written for a while can still be read,
         which is all that a request needs."""
@@ -301,13 +308,7 @@ class AdapterStore:
             return
         if self._flushing is None or self._flushing.done():
             with contextlib.suppress(RuntimeError):  # the store is closed, which has flushed
-                self._flushing = self._reaper.submit(self._try_to_flush)
-
-    def _try_to_flush(self) -> None:
-        try:
-            self.flush()
-        except StoreError as error:
-            logger.warning("uses of adapters will be written later: %s", error)
+                self._flushing = self._reaper.submit(self.try_to_flush)
 
     def _full(self, problem: str) -> TooLargeError:
         return TooLargeError(

@@ -13,9 +13,12 @@ from polydelta.server.adapters.lora_routes import lora_router
 from polydelta.server.adapters.publishing import Publishing
 from polydelta.server.adapters.routes import adapters_router
 from polydelta.server.auth import BearerAuth
+from polydelta.server.body_limits import BodyLimits
+from polydelta.server.draining import Draining
 from polydelta.server.errors import install_error_handlers
 from polydelta.server.health import health_router
-from polydelta.server.metrics import Metrics, metrics_router
+from polydelta.server.lifecycle import Lifecycle, State
+from polydelta.server.metrics import CountRefusals, Metrics, metrics_router
 from polydelta.server.openai.chat import chat_router
 from polydelta.server.openai.completions import completions_router
 from polydelta.server.openai.models import models_router
@@ -29,22 +32,36 @@ if TYPE_CHECKING:  # these import torch, which the routes do not need
 
 
 def create_app(
-    engine: Engine, store: AdapterStore, publisher: Publisher, settings: ServerSettings
+    engine: Engine,
+    store: AdapterStore,
+    publisher: Publisher,
+    settings: ServerSettings,
+    lifecycle: Lifecycle | None = None,
 ) -> FastAPI:
-    """An application over an engine that the caller starts and shuts down."""
+    """An application over an engine that the caller starts and shuts down.
+
+    lifecycle: of the server around it; without one, it is always ready.
+    """
+    lifecycle = lifecycle or Lifecycle(State.READY)
     base_name = settings.served_model_name or engine.model_id
     service = Service(
         engine=engine,
         store=store,
         publisher=publisher,
-        metrics=Metrics(engine, base_name, engine.max_batch_size),
+        metrics=Metrics(
+            engine,
+            base_name,
+            settings.dtype,
+            settings.metrics_adapters,
+            lambda: lifecycle.ready and engine.alive,
+        ),
         base_name=base_name,
         started=int(time.time()),
     )
     store.on_deleted(engine.forget_adapter)
     app = FastAPI(title="PolyDelta", version=version("polydelta"))
     install_error_handlers(app)
-    app.include_router(health_router(service))
+    app.include_router(health_router(service, lifecycle))
     app.include_router(metrics_router(service.metrics))
     app.include_router(models_router(service))
     app.include_router(completions_router(service))
@@ -53,7 +70,12 @@ def create_app(
     publishing, changes = Publishing(service), Changes(store)
     app.include_router(adapters_router(service, publishing, changes))
     app.include_router(lora_router(service, publishing, changes))
+    # Each goes around those before it.
+    app.add_middleware(BodyLimits)
     if settings.api_key:
         keys = [key.get_secret_value() for key in settings.api_key]
         app.add_middleware(BearerAuth, keys=keys)
+    app.add_middleware(Draining, lifecycle=lifecycle)
+    # Around everything else, so that it sees whoever refuses.
+    app.add_middleware(CountRefusals, refusals=service.metrics.refusals)
     return app

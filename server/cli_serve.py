@@ -15,10 +15,14 @@ from rich.table import Table
 
 from polydelta.server import options
 from polydelta.server.app import create_app
+from polydelta.server.lifecycle import Lifecycle
 from polydelta.server.loading import load_engine
-from polydelta.server.serving import Server, bind, url_of
+from polydelta.server.loading_door import LoadingDoor
+from polydelta.server.open_files import raise_open_files_limit
+from polydelta.server.serving import Server, bind, leave, url_of
 from polydelta.server.settings import ServerSettings, load_settings
 from polydelta.server.stores import disk_tier, make_publisher, open_store, pin_again
+from polydelta.server.tracing import open_tracer
 
 if TYPE_CHECKING:  # the store imports torch, which takes seconds
     from polydelta.adapters_store.store import AdapterStore
@@ -54,11 +58,14 @@ def serve(
     block_size: options.BlockSize = None,
     prefix_caching: options.PrefixCaching = None,
     fuse_after: options.FuseAfter = None,
+    check_integrity: options.CheckIntegrity = None,
     host: options.Host = None,
     port: options.Port = None,
     api_key: options.ApiKey = None,
     shutdown_timeout: options.ShutdownTimeout = None,
     log_level: options.LogLevel = None,
+    metrics_adapters: options.MetricsAdapters = None,
+    otlp_traces_endpoint: options.OtlpTracesEndpoint = None,
 ) -> None:
     """Serve one base model and all its adapters over an OpenAI-style HTTP API.
 
@@ -105,17 +112,27 @@ def serve(
         block_size=block_size,
         prefix_caching=prefix_caching,
         fuse_after=fuse_after,
+        check_integrity=check_integrity,
         host=host,
         port=port,
         api_key=api_key,
         shutdown_timeout=shutdown_timeout,
         log_level=log_level,
+        metrics_adapters=metrics_adapters,
+        otlp_traces_endpoint=otlp_traces_endpoint,
     )
     console = Console(stderr=True)
-    with bind(settings.host, settings.port) as bound, closing(open_store(settings)) as opened:
+    lifecycle = Lifecycle()
+    raise_open_files_limit()
+    with (
+        open_tracer(settings.otlp_traces_endpoint) as tracer,
+        bind(settings.host, settings.port) as bound,
+        LoadingDoor(bound, lifecycle) as door,
+        closing(open_store(settings)) as opened,
+    ):
         # The engine and uploads share one.
         make_tier = disk_tier(opened, settings)
-        engine = load_engine(settings, console, make_tier)
+        engine = load_engine(settings, console, make_tier, lifecycle.report)
         publisher = make_publisher(opened, engine, settings, make_tier)
         base_name = settings.served_model_name or engine.model_id
 
@@ -123,8 +140,12 @@ def serve(
             pin_again(opened, engine)
             print_banner(console, url_of(bound), base_name, opened, engine, settings)
 
-        app = create_app(engine, opened, publisher, settings)
-        Server(app, engine, settings, on_ready).serve_until_stopped(bound)
+        app = create_app(engine, opened, publisher, settings, lifecycle)
+        if tracer is not None:
+            tracer.install(app)
+        door.close()
+        Server(app, engine, settings, lifecycle, on_ready).serve_until_stopped(bound)
+    leave()
 
 
 def print_banner(

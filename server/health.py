@@ -5,11 +5,14 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
 
+from polydelta.server.lifecycle import Lifecycle
 from polydelta.server.service import Service
+from polydelta.server.unavailable import RETRY_AFTER
 
 
-def health_router(service: Service) -> APIRouter:
+def health_router(service: Service, lifecycle: Lifecycle) -> APIRouter:
     """`/health`, `/ping`, `/ready`, `/version`; none of them needs a key."""
     router = APIRouter(tags=["health"])
 
@@ -20,10 +23,12 @@ def health_router(service: Service) -> APIRouter:
         return Response(status_code=200 if service.engine.alive else 503)
 
     @router.get("/ready")
-    async def ready() -> dict[str, str]:
-        """200 when requests are taken; the port opens only after the model has loaded."""
+    async def ready() -> Response:
+        """200 when requests are taken: not while the model loads, nor once a stop is asked for."""
         service.check_alive()
-        return {"status": "ready"}
+        if lifecycle.ready:
+            return JSONResponse(lifecycle.describe())
+        return JSONResponse(lifecycle.describe(), 503, headers={"Retry-After": str(RETRY_AFTER)})
 
     @router.get("/version")
     async def show_version() -> dict[str, str]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from polydelta.server.adapters.multipart import read_chunks
 from polydelta.server.adapters.schemas import Body, NewVersion
+from polydelta.server.body_limits import read_body
 from polydelta.server.errors import ApiError, shown
 
 FORM, JSON = "multipart/form-data", "application/json"
@@ -33,14 +32,9 @@ def is_form(request: Request) -> bool:
 
 async def read_json(request: Request, model: type[B]) -> B:
     """A JSON body. Raises ApiError, and what FastAPI raises for a body that the model refuses."""
-    content = bytearray()
-    async with aclosing(read_chunks(request)) as chunks:
-        async for chunk in chunks:
-            content += chunk
-            if len(content) > MAX_JSON_BYTES:
-                raise ApiError(413, f"The JSON body is longer than {MAX_JSON_BYTES} bytes.")
+    content = await read_body(request, MAX_JSON_BYTES)
     try:
-        return model.model_validate_json(bytes(content))
+        return model.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "json_invalid":

@@ -5,7 +5,6 @@ Bodies are as RFC 7578 has them.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -13,18 +12,15 @@ from dataclasses import dataclass
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import ClientDisconnect
 
+from polydelta.server.body_limits import IDLE_SECONDS, read_chunks
 from polydelta.server.errors import ApiError, shown
-from polydelta.server.openai.generation import CLIENT_GONE
 
 MAX_PARTS = 128
 # Of one part, names and values together.
 MAX_HEADER_BYTES = 8 << 10
 # As RFC 2046 has it.
 MAX_BOUNDARY_BYTES = 70
-# How long a client may send nothing in the middle of a body.
-IDLE_SECONDS = 60.0
 
 # Encodings of a part that change none of its bytes.
 _PLAIN = frozenset({b"", b"7bit", b"8bit", b"binary"})
@@ -41,26 +37,6 @@ class Part:
 
 # A part, or more bytes of the part that began last.
 Piece = Part | bytes
-
-
-async def read_chunks(
-    request: Request, idle_seconds: float = IDLE_SECONDS
-) -> AsyncGenerator[bytes, None]:
-    """The body as it comes. Raises ApiError when the client hangs up or falls asleep."""
-    async with aclosing(request.stream()) as chunks:
-        while True:
-            try:
-                async with asyncio.timeout(idle_seconds):
-                    chunk = await anext(chunks, b"")
-            except ClientDisconnect:
-                raise ApiError(CLIENT_GONE, "The client hung up.") from None
-            except TimeoutError:
-                raise ApiError(
-                    408, f"Nothing came for {idle_seconds:g} seconds: send the request again."
-                ) from None
-            if not chunk:
-                return
-            yield chunk
 
 
 async def read_parts(

@@ -98,7 +98,7 @@ def adapters_router(service: Service, publishing: Publishing, changes: Changes) 
             raise ApiError(400, f"kind: {shown(query.kind)} is none of {kinds}.", "kind")
         labels = _labels(query.label)
         with adapter_errors():
-            service.store.flush()
+            service.store.try_to_flush()
             records = listing.page(query.after or "", query.limit + 1, labels, query.kind)
         data = [describe(service, record) for record in records[: query.limit]]
         return AdapterPage(
@@ -112,14 +112,14 @@ def adapters_router(service: Service, publishing: Publishing, changes: Changes) 
     def show_adapter(name: str) -> AdapterObject:
         """The newest version, or `id@version`."""
         with adapter_errors("id"):
-            service.store.flush()
+            service.store.try_to_flush()
             return describe(service, listing.record(parse_name(name)))
 
     @router.get("/{adapter_id}/versions")
     def list_versions(adapter_id: str) -> AdapterList:
         """All versions, oldest first."""
         with adapter_errors("id"):
-            service.store.flush()
+            service.store.try_to_flush()
             records = listing.versions(plain_id(adapter_id).id)
         return AdapterList(object="list", data=[describe(service, record) for record in records])
 

@@ -23,6 +23,8 @@ REASONS = {
 }
 # Those that another try, later, would not have met.
 REJECTIONS = (429, 503)
+# What asks whether requests are taken is no request that was refused.
+PROBES = ("/health", "/ping", "/ready", "/metrics")
 
 
 class Refusals:
@@ -42,6 +44,11 @@ class Refusals:
             ["model_name", "engine", "reason"],
             registry=registry,
         )
+        # A series that begins with its first refusal would hide it from whoever looks at rates.
+        for status in REJECTIONS:
+            self._rejections.labels(model_name, "0", REASONS[status])
+        for status, reason in REASONS.items():
+            self._refusals.labels(model_name, str(status), reason)
 
     def count(self, status: int, reason: str | None = None) -> None:
         """reason: where there is a better one than the status gives."""
@@ -59,7 +66,7 @@ class CountRefusals:
         self._refusals = refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["path"] in PROBES:
             await self._app(scope, receive, send)
             return
 

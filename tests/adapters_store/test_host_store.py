@@ -249,6 +249,20 @@ def test_closing_ends_every_load_and_refuses_new_ones(
         store.load(catalog.resolve("a"))
 
 
+def test_a_load_that_hangs_does_not_keep_close_for_ever(
+    open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
+) -> None:
+    adapter_files.lora("one")
+    store = open_store()
+    future = store.load(catalog.resolve("one"))
+    assert gate.started.wait(TIMEOUT)
+    store.close(timeout=0.05)
+    assert not future.done()
+    # Whoever waits for it gets it all the same.
+    gate.opened.set()
+    assert future.result(TIMEOUT).nbytes > 0
+
+
 def test_it_holds_what_has_been_loaded_and_not_what_is_loading(
     open_store: Open, catalog: FolderCatalog, adapter_files: Any, gate: Gate
 ) -> None:

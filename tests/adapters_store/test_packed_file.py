@@ -10,6 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 
@@ -212,7 +213,6 @@ def test_a_file_that_goes_on_is_unreadable(make: Make, tmp_path: Path, kind: str
 def test_a_damaged_byte_before_the_data_makes_the_file_unreadable(
     make: Make, tmp_path: Path, kind: str
 ) -> None:
-    """One in the data itself is not noticed: a digest of it would take longer than the reading."""
     packed = make(kind)
     write_packed(packed, tmp_path / "file")
     content = (tmp_path / "file").read_bytes()
@@ -224,6 +224,25 @@ def test_a_damaged_byte_before_the_data_makes_the_file_unreadable(
         (tmp_path / "damaged").write_bytes(damaged)
         with pytest.raises(UnreadableFileError):
             read_packed(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("kind", ["shira", "prefix", "prompt"])
+def test_damaged_data_makes_the_file_unreadable(make: Make, tmp_path: Path, kind: str) -> None:
+    packed = make(kind, torch.bfloat16)
+    write_packed(packed, tmp_path / "file")
+    content = (tmp_path / "file").read_bytes()
+    chance = random.Random(6)
+    start = len(content) - packed.nbytes
+    for place in (*chance.sample(range(start, len(content)), 200), len(content) - 1):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << chance.randrange(8)
+        (tmp_path / "damaged").write_bytes(damaged)
+        with pytest.raises(UnreadableFileError, match="damaged"):
+            read_packed(tmp_path / "damaged")
+    # A block that was never written.
+    (tmp_path / "damaged").write_bytes(content[: start + 64] + bytes(packed.nbytes - 64))
+    with pytest.raises(UnreadableFileError, match="damaged"):
+        read_packed(tmp_path / "damaged")
 
 
 @pytest.mark.parametrize(
@@ -298,8 +317,15 @@ def test_a_write_that_is_interrupted_leaves_nothing(make: Make, tmp_path: Path) 
     packed = make()
 
     class Interrupted:
-        def numpy(self) -> None:
-            raise KeyboardInterrupt
+        def __init__(self) -> None:
+            self.asked = False
+
+        def numpy(self) -> Any:
+            if self.asked:
+                raise KeyboardInterrupt
+            # For the sum in the header.
+            self.asked = True
+            return np.zeros(1, np.uint8)
 
         def numel(self) -> int:
             return 1

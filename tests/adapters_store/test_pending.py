@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +62,17 @@ def test_a_change_that_fails_leaves_no_content_without_a_row(
         raise KeyError
     assert not content.path(WITHOUT).exists()
     assert notes(tmp_path) == set()
+
+
+def test_nothing_changes_where_no_note_can_be_made(
+    pending: PendingContents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "touch", fail)
+    with pytest.raises(StoreError, match="No space left"), pending.changing([WITH_ROW]):
+        pytest.fail("the change was begun")
 
 
 def test_what_was_not_noted_is_not_touched(

@@ -6,16 +6,18 @@ preempted or evicted. Tests of the adapter store take a tiny model, which is loa
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import gguf
 import httpx
@@ -34,6 +36,8 @@ OPTIONS = (
     *("--dtype", "float32", "--pool", "40MiB", "--max-model-len", "512"),
     *("--max-batch-tokens", "128", "--max-batch-size", "16"),
 )
+# What `polydelta` is, as a command.
+PROGRAM = (sys.executable, "-m", "polydelta.server")
 # Seconds to load the model on a busy machine.
 PATIENCE = 180.0
 
@@ -50,35 +54,40 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_server(log: Path, *options: str) -> RunningServer:
-    """A server that answers /ready."""
-    port = free_port()
-    command = [sys.executable, "-m", "polydelta.server", "serve", "--port", str(port), *options]
+def start_server(
+    log: Path, *options: str, program: Sequence[str] = PROGRAM, port: int | None = None
+) -> RunningServer:
+    """A server that answers /ready. port: None takes a free one."""
+    port = port or free_port()
+    command = [*program, "serve", "--port", str(port), *options]
     if "--store" not in options:
         command += ["--store", str(log.parent / "store")]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("POLYDELTA_")}
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        # A session of its own: what it leaves behind can be told from other processes.
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
-        try:
+        with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/ready").status_code == 200:
                 return RunningServer(url, process)
-        except httpx.TransportError:
-            time.sleep(0.2)
+        time.sleep(0.1)
     process.kill()
     raise RuntimeError(f"The server did not start:\n{log.read_text()}")
 
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RunningServer]]:
-    """Starts servers with more options than OPTIONS; all are gone at the end."""
+    """Starts servers with more options than OPTIONS, as `start_server` does; all are gone at the
+    end."""
     started: list[RunningServer] = []
 
-    def start(*options: str) -> RunningServer:
+    def start(*options: str, **more: Any) -> RunningServer:
         log = tmp_path_factory.mktemp("server") / "log.txt"
-        started.append(start_server(log, *OPTIONS, *options))
+        started.append(start_server(log, *OPTIONS, *options, **more))
         return started[-1]
 
     yield start

@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
+
+# Seconds; far more than a tiny model takes to load.
+PATIENCE = 60.0
+
+
+@pytest.fixture
+def loading(tiny_file: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server with a tiny model that has just been started, and its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "polydelta.server", "serve", "--model", str(tiny_file)]
+    command += ["--adapters", str(tmp_path), "--store", str(tmp_path / "store")]
+    command += ["--pool", "16MiB", "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        yield process, f"http://127.0.0.1:{port}"
+        process.kill()
+
+
+def polled(process: subprocess.Popen[bytes], url: str) -> Iterator[httpx.Response]:
+    """Answers of /ready from the first one on."""
+    deadline = time.monotonic() + PATIENCE
+    answered = False
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            yield httpx.get(f"{url}/ready", timeout=PATIENCE)
+            answered = True
+        except httpx.ConnectError:
+            assert not answered, "nobody listens any more"
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -32,6 +65,28 @@ def test_a_server_with_keys_stops_in_mid_stream_with_abort_and_code_0(launch):
     assert time.monotonic() - began < 10
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{running.url}/health")
+
+
+def test_the_port_answers_while_the_model_loads_and_from_then_on(loading):
+    process, url = loading
+    stages = set()
+    for answer in polled(process, url):
+        if answer.status_code == 200:
+            break
+        assert answer.json()["status"] == "loading"
+        stages.add(answer.json()["stage"])
+    assert answer.json() == {"status": "ready"}
+    assert stages
+    process.terminate()
+    assert process.wait(10) == 0
+    assert b"Traceback" not in process.stderr.read()
+
+
+def test_a_stop_while_the_model_loads_ends_the_process(loading):
+    process, url = loading
+    assert next(polled(process, url)).status_code == 503
+    process.terminate()
+    assert process.wait(10) == -signal.SIGTERM
 
 
 @pytest.mark.slow

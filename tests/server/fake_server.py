@@ -1,8 +1,9 @@
 """A server over an engine that does what a test's prompt says: `python fake_server.py OPTIONS`.
 
-OPTIONS is JSON: `folder` of the test, and optionally `shutdown_timeout`, `head_seconds` and
-`reader_seconds` of StalledConnections, `limits` in place of `serving.LAST_...`, `stuck` for an engine that is in the middle of a step when
-it is to stop, and `hangs` for a process that does not end by itself. Prompts:
+OPTIONS is JSON: `folder` of the test, and what differs from a plain server: `shutdown_timeout`,
+`head_seconds` and `reader_seconds` of StalledConnections, `limits` for the constants LAST_STEP,
+LAST_BYTES and LAST_SECONDS; with `stuck` the engine is in the middle of a step when it is to stop,
+with `hangs` the process does not end by itself. Prompts:
 
     "crash"     the engine ends
     "much"      tokens of 64 KiB of text, without end
