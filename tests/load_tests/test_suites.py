@@ -1,0 +1,78 @@
+"""The table of suites."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from load_tests.made_adapters import MODULES
+from load_tests.replay import Replay
+from load_tests.results import describe_run
+from load_tests.suites import SUITES, Run
+from load_tests.workload import Bursts, Synthetic, Workload
+
+RUNS = [(name, run) for name, suite in SUITES.items() for run in suite.runs]
+
+
+def drawn_from(workload: Workload) -> Workload:
+    return workload.of if isinstance(workload, Bursts) else workload
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_the_runs_of_a_suite_have_names_of_their_own(name: str):
+    names = [run.name for run in SUITES[name].runs]
+    assert len(set(names)) == len(names) > 1
+
+
+@pytest.mark.parametrize(("suite", "run"), RUNS, ids=[f"{name}: {run.name}" for name, run in RUNS])
+def test_a_run_can_be_made_and_told(suite: str, run: Run):
+    assert run.workload.requests()
+    assert run.modules in MODULES
+    assert len(run.server) % 2 == 0
+    adapters = run.adapter_set
+    assert (adapters.count if adapters else 0) == run.workload.adapters
+    told = json.loads(json.dumps(describe_run(run)))
+    assert told["workload"]["kind"] == type(run.workload).__name__
+    drawn = drawn_from(run.workload)
+    assert isinstance(drawn, Synthetic)
+    described = told["workload"].get("of", told["workload"])
+    assert described["popularity"]["kind"] == type(drawn.popularity).__name__
+
+
+def test_the_short_suite_leaves_time_for_its_servers_in_five_minutes():
+    assert sum(run.workload.duration for run in SUITES["short"].runs) <= 120
+
+
+def test_the_short_suite_has_every_kind_of_load():
+    loads = [run.workload for run in SUITES["short"].runs]
+    assert any(load.adapters == 0 for load in loads)
+    assert any(load.adapters >= 200 for load in loads)
+    assert any(isinstance(load, Bursts) for load in loads)
+    rates = [len(load.requests()) / load.duration for load in loads]
+    assert max(rates) >= 5 * min(rates)
+
+
+def test_lengths_are_an_eighth_of_those_of_s_lora():
+    for name, run in RUNS:
+        if name != "smoke":
+            drawn = drawn_from(run.workload)
+            assert isinstance(drawn, Synthetic)
+            assert (drawn.prompt_tokens, drawn.output_tokens) == ((8, 512 // 8), (8, 512 // 8))
+
+
+def test_some_runs_of_a_suite_are_chosen_by_name():
+    chosen = SUITES["scale"].only("2,000")
+    assert [run.name for run in chosen.runs] == ["2,000 adapters", "2,000 adapters, rate 4"]
+    assert SUITES["scale"].only("nobody").runs == ()
+
+
+def test_a_trace_takes_the_place_of_each_runs_workload():
+    trace = Path("trace.jsonl")
+    suite = SUITES["smoke"].replaying(trace)
+    assert [run.workload for run in suite.runs] == [
+        Replay(trace, 3.0, 0, count=12),
+        Replay(trace, 3.0, 3, count=12),
+    ]
+    assert json.dumps(describe_run(suite.runs[0]), default=str)
