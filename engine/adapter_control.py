@@ -96,10 +96,10 @@ class AdapterControl:
 
     def _fail(self, ref: AdapterRef) -> None:
         """One failed load ends every order for it, and every request that waits for it."""
-        reason = self._residency.take_error(ref)
+        error = self._residency.take_error(ref)
         for order in self._orders_for(ref):
-            self._end(order, AdapterError(reason))
-        self._scheduler.fail_waiting(ref, reason)
+            self._end(order, error)
+        self._scheduler.fail_waiting(ref, error)
 
     def _place(self, order: _Order) -> None:
         ref, residency = order.ref, self._residency

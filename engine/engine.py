@@ -229,7 +229,7 @@ class Engine:
         schedule = self._scheduler.schedule()
         failures = self._scheduler.take_failures()
         for failure in failures:
-            self._finish(failure.sequence, FinishReason.ERROR, failure.reason)
+            self._finish(failure.sequence, FinishReason.ERROR, failure.reason, failure.is_ours)
         if schedule:
             clock.ended(StepPhase.SCHEDULE)
             step = self._runner.launch(schedule, self._scheduler.bound_adapter)
@@ -326,11 +326,17 @@ class Engine:
                 self._recorder.finished(sequence, step.finish_reason)
             _deliver(sequence, _output(sequence, token, step))
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        error: str | None = None,
+        is_ours: bool = False,
+    ) -> None:
         """Ends a sequence that the scheduler no longer has."""
         self._forget(sequence)
         self._recorder.finished(sequence, reason)
-        _deliver(sequence, _last_output(sequence, reason, error))
+        _deliver(sequence, _last_output(sequence, reason, error, is_ours))
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.id], self._texts[sequence]
@@ -406,7 +412,10 @@ def _output(sequence: Sequence, token: SampledToken, step: TextStep) -> RequestO
 
 
 def _last_output(
-    sequence: Sequence, reason: FinishReason, error: str | None = None
+    sequence: Sequence,
+    reason: FinishReason,
+    error: str | None = None,
+    is_ours: bool = False,
 ) -> RequestOutput:
     """An end without a token."""
     return RequestOutput(
@@ -415,5 +424,6 @@ def _last_output(
         token_ids=(),
         finish_reason=reason,
         error=error,
+        error_is_ours=is_ours,
         times=sequence.times,
     )

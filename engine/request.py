@@ -106,6 +106,8 @@ class RequestOutput:
     stop_reason: str | int | None = None
     # Set with FinishReason.ERROR: what went wrong, fit for the client to read.
     error: str | None = None
+    # Whether the server is to blame for it, and not what was asked for.
+    error_is_ours: bool = False
     # Of the last output only.
     times: RequestTimes | None = None
 

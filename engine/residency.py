@@ -20,7 +20,7 @@ from enum import Enum
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from polydelta.adapters_store.errors import AdapterError
+from polydelta.adapters_store.errors import AdapterError, StoreError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.adapters_store.traits import AdapterTraits
 from polydelta.engine.adapter_usage import AdapterUsage
@@ -84,7 +84,7 @@ class _Entry(Generic[Packed, Bound]):
     loading: Future[Packed] | None = None
     # Kept from the end of the load until it is in the pool.
     packed: Packed | None = None
-    error: str | None = None
+    error: AdapterError | None = None
     # Known once it was loaded.
     digest: str = ""
     traits: AdapterTraits = field(default_factory=AdapterTraits)
@@ -163,9 +163,9 @@ class Residency(Generic[Packed, Bound]):
         entry = self._entries[ref]
         return entry.pages[entry.size.weights :]
 
-    def take_error(self, ref: AdapterRef) -> str:
+    def take_error(self, ref: AdapterRef) -> AdapterError:
         """Why the load failed; forgets the failure, so that the next request tries again."""
-        return self._entries.pop(ref).error or "unknown error"
+        return self._entries.pop(ref).error or StoreError("unknown error")
 
     def drop_unused(self, ref: AdapterRef) -> None:
         """Nobody waits for the adapter any more: lets go of what was loaded for the pool."""
@@ -281,18 +281,18 @@ class Residency(Generic[Packed, Bound]):
     def _finish_load(self, entry: _Entry[Packed, Bound], loading: Future[Packed]) -> None:
         entry.loading = None
         if loading.cancelled():
-            self._fail_load(entry, "its load was cancelled")
+            self._fail_load(entry, StoreError("its load was cancelled"))
             return
         if (error := loading.exception()) is not None:
-            self._fail_load(entry, _reason(error))
+            self._fail_load(entry, _told(error))
             return
         packed = entry.packed = loading.result()
         entry.digest, entry.traits, entry.nbytes = packed.digest, packed.traits, packed.nbytes
         entry.size = count_pages(packed, self._page_bytes, self._block_size)
         entry.state = ResidencyState.ON_HOST
 
-    def _fail_load(self, entry: _Entry[Packed, Bound], reason: str) -> None:
-        entry.state, entry.error = ResidencyState.FAILED, reason
+    def _fail_load(self, entry: _Entry[Packed, Bound], error: AdapterError) -> None:
+        entry.state, entry.error = ResidencyState.FAILED, error
         self.num_load_failures += 1
 
     def _load_to_pool(self, ref: AdapterRef, entry: _Entry[Packed, Bound]) -> None:
@@ -321,9 +321,9 @@ class Residency(Generic[Packed, Bound]):
         self.usage.counts(ref.id).swap_outs += 1
 
 
-def _reason(error: BaseException) -> str:
+def _told(error: BaseException) -> AdapterError:
     """What a client may read of a failed load."""
     if isinstance(error, AdapterError):
-        return str(error)
+        return error
     logger.error("an adapter could not be loaded", exc_info=error)
-    return "it could not be loaded; see the server's log"
+    return StoreError("it could not be loaded; see the server's log")

@@ -21,6 +21,7 @@ from itertools import islice
 from typing import Any
 
 from polydelta.adapters_store.composition import sum_digest
+from polydelta.adapters_store.errors import AdapterError, StoreError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.kv_cache import BASE_NAMESPACE, KVCache
 from polydelta.engine.pool import PagePool
@@ -47,6 +48,8 @@ class Failure:
 
     sequence: Sequence
     reason: str
+    # Whether the server is to blame, and not what was asked for.
+    is_ours: bool = False
 
 
 class Scheduler:
@@ -91,10 +94,10 @@ class Scheduler:
         """Whether a waiting sequence needs the adapter."""
         return any(sequence.uses(ref) for sequence in self.waiting)
 
-    def fail_waiting(self, ref: AdapterRef, reason: str) -> None:
+    def fail_waiting(self, ref: AdapterRef, error: AdapterError) -> None:
         """One failed load fails everybody who waited for it; later requests try again."""
         for sequence in [s for s in self.waiting if s.uses(ref)]:
-            self._fail(sequence, reason)
+            self._fail(sequence, str(error), is_ours=isinstance(error, StoreError))
 
     def take_failures(self) -> list[Failure]:
         """Sequences that left because they can never run."""
@@ -286,10 +289,10 @@ class Scheduler:
             "the prompt, or use an adapter with fewer virtual tokens."
         )
 
-    def _fail(self, sequence: Sequence, reason: str) -> None:
+    def _fail(self, sequence: Sequence, reason: str, is_ours: bool = False) -> None:
         sequence.has_left = True
         self._leave_queue(sequence)
-        self._failures.append(Failure(sequence, reason))
+        self._failures.append(Failure(sequence, reason, is_ours))
 
     def _leave_queue(self, sequence: Sequence) -> None:
         """Out of the waiting; what was loaded for it goes if nobody else waits for it."""

@@ -83,7 +83,9 @@ def _server(run: Run, url: str | None) -> Iterator[dict[str, Any]]:
     if url is not None:
         yield {"url": url, "about": url}
         return
-    arguments = shlex.join((*run.server, *_adapter_arguments(run)))
+    adapters = run.adapter_set
+    folder = ("--adapters", str(made_adapters.make(adapters))) if adapters else ()
+    arguments = shlex.join((*run.server, *folder))
     with served(arguments) as started:
         yield {
             "url": started.url,
@@ -91,17 +93,6 @@ def _server(run: Run, url: str | None) -> Iterator[dict[str, Any]]:
             "arguments": arguments,
             "seconds_to_ready": round(started.seconds_to_ready, 2),
         }
-
-
-def _adapter_arguments(run: Run) -> tuple[str, ...]:
-    """Where adapters are all visited before the clock starts, what the server makes of their files
-    is kept from one run to the next: it saves minutes, and changes no figure."""
-    adapters = run.adapter_set
-    if adapters is None:
-        return ()
-    folder = ("--adapters", str(made_adapters.make(adapters)))
-    kept = ("--store", str(BUILD / "stores" / adapters.name)) if run.visit_adapters else ()
-    return folder + kept
 
 
 def _machine() -> dict[str, Any]:

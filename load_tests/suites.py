@@ -33,8 +33,8 @@ class Run:
     server: tuple[str, ...] = ()
     # Closed loop: requests in flight, whenever the workload would have sent them; None: open loop.
     in_flight: int | None = None
-    # One token is asked of each adapter before the clock starts, so that all have been read once:
-    # S-LoRA has them in host memory from the start.
+    # One token is asked of each adapter before the clock starts, so that all are in host memory, as
+    # S-LoRA has them from the start. Takes some 70 ms for each.
     visit_adapters: bool = False
     # The first token's bound, and what the second throughput leaves out at both ends; seconds.
     slo_seconds: float = 6.0

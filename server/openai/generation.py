@@ -150,6 +150,8 @@ class Generation:
         if not self._requests[index].adapters:
             return ApiError(400, reason)
         message = f"model: {self._lease.name!r} cannot be served: {reason}"
+        if output.error_is_ours:
+            return ApiError(503, message, reason=ADAPTER_FAILED)
         return ApiError(400, message, "model", reason=ADAPTER_FAILED)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.errors import InvalidAdapterError, StoreError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.adapters_store.traits import AdapterTraits
 from polydelta.engine.adapter_usage import AdapterUsage
@@ -249,7 +249,7 @@ def test_a_failure_is_told_once_and_then_forgotten() -> None:
     assert setting.residency.state(ONE) is ResidencyState.FAILED
     setting.residency.prefetch(ONE)
     assert len(setting.loads) == 1
-    assert setting.residency.take_error(ONE) == "rank 0 is no rank"
+    assert str(setting.residency.take_error(ONE)) == "rank 0 is no rank"
     assert setting.residency.state(ONE) is ResidencyState.ON_DISK
     setting.residency.prefetch(ONE)
     assert len(setting.loads) == 2
@@ -316,5 +316,7 @@ def test_a_loader_that_breaks_is_logged_and_its_words_stay_inside(
     setting.residency.prefetch(ONE)
     setting.loads[0].set_exception(KeyError("/some/path"))
     assert setting.residency.state(ONE) is ResidencyState.FAILED
-    assert setting.residency.take_error(ONE) == "it could not be loaded; see the server's log"
+    error = setting.residency.take_error(ONE)
+    assert isinstance(error, StoreError)
+    assert str(error) == "it could not be loaded; see the server's log"
     assert "/some/path" in caplog.text
