@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.errors import InUseError
@@ -222,10 +223,10 @@ class Engine:
         Where the runner computes beside this thread, the next step is scheduled and launched before
         the tokens of the last one are waited for.
         """
-        clock = _Clock(self._recorder)
-        self._adapters.advance()
         if self._scheduler.must_know_tokens():
             self._complete_steps(0)
+        clock = _Clock(self._recorder)
+        self._adapters.advance()
         schedule = self._scheduler.schedule()
         failures = self._scheduler.take_failures()
         for failure in failures:
@@ -268,20 +269,22 @@ class Engine:
             self._wake.wait()
 
     def _take_commands(self) -> None:
-        while True:
-            try:
-                command = self._commands.get_nowait()
-            except queue.Empty:
-                return
+        while (command := self._next_command()) is not None:
             command()
+
+    def _next_command(self) -> Command | None:
+        try:
+            return self._commands.get_nowait()
+        except queue.Empty:
+            return None
 
     def _add(self, sequence: Sequence) -> None:
         if problem := self._problem(sequence):
             self._recorder.finished(sequence, FinishReason.ERROR)
             _deliver(sequence, _last_output(sequence, FinishReason.ERROR, problem))
             return
-        self._sequences[sequence.id] = sequence
         self._texts[sequence] = Detokenizer(self.tokenizer, sequence.request.sampling)
+        self._sequences[sequence.id] = sequence
         self._recorder.arrived(sequence)
         self._scheduler.add(sequence)
 
@@ -359,13 +362,12 @@ class Engine:
         self._stopping = True
         with self._closing:
             self._closed = True
-        try:
-            self._take_commands()
-        except Exception:  # after a failed step nothing is certain, but everybody gets an answer
-            logger.exception("a command failed while the engine was ending")
-        self._adapters.close()
+        # After a failed step nothing is certain, but everybody gets an answer.
+        while (command := self._next_command()) is not None:
+            _try_to(command)
+        _try_to(self._adapters.close)
         for sequence in list(self._sequences.values()):
-            self._finish(sequence, reason, error)
+            _try_to(partial(self._finish, sequence, reason, error))
         # Nobody is left, whatever the scheduler has.
         self._stats = replace(
             self._recorder.snapshot(self._scheduler),
@@ -388,6 +390,13 @@ class _Clock:
         now = time.perf_counter()
         self._recorder.phase(phase, now - self._last)
         self._last = now
+
+
+def _try_to(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except Exception:
+        logger.exception("something failed while the engine was ending")
 
 
 def _deliver(sequence: Sequence, output: RequestOutput) -> None:

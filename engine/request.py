@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import chain
 
 from polydelta.adapters_store.composition import Shares
 
@@ -115,13 +116,14 @@ class RequestOutput:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def followed_by(self, later: RequestOutput) -> RequestOutput:
-        """Both as one: all that is new in either, in this order."""
+    @staticmethod
+    def joined(outputs: Sequence[RequestOutput]) -> RequestOutput:
+        """Outputs of one request that follow each other, as one."""
         return replace(
-            later,
-            text=self.text + later.text,
-            token_ids=self.token_ids + later.token_ids,
-            logprobs=self.logprobs + later.logprobs,
+            outputs[-1],
+            text="".join(output.text for output in outputs),
+            token_ids=tuple(chain.from_iterable(output.token_ids for output in outputs)),
+            logprobs=tuple(chain.from_iterable(output.logprobs for output in outputs)),
         )
 
 

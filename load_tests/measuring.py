@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import cycle, islice
+from dataclasses import dataclass, replace
 
 from benchmarks.http_client import Endpoint
 from load_tests.driver import Record, drive, drive_closed, failures, plan
@@ -65,16 +64,17 @@ async def measure(
     wanted = run.workload.adapters
     if wanted and not models.adapters:
         raise RuntimeError(f"{endpoint.url} lists no adapters, of which {run.name!r} needs some.")
-    names = list(islice(cycle(models.adapters), wanted))
+    names = models.adapters[:wanted]
     # The same prompts once more would find their KV in the prefix cache of a server at a URL.
     seed = time.time_ns() % 2**32
     warming = list(WARMING)
     if run.visit_adapters:
-        warming += [Request(0.0, number, 8, 1) for number in range(wanted)]
+        warming += [Request(0.0, number, 8, 1) for number in range(len(names))]
     warmed = await drive_closed(endpoint, plan(warming, models.base, names, seed), IN_FLIGHT)
     if not any(one.served for one in warmed):
         raise RuntimeError(f"{endpoint.url} serves nothing: {next(failures(warmed))}")
-    planned = plan(run.workload.requests(), models.base, names, seed + 1)
+    requests = [_for_one_of(len(names), request) for request in run.workload.requests()]
+    planned = plan(requests, models.base, names, seed + 1)
     scraper, cpu = Scraper(endpoint), time.process_time()
     async with scraper.scraping():
         if run.in_flight is None:
@@ -83,3 +83,10 @@ async def measure(
             records = await drive_closed(endpoint, planned, run.in_flight, advance)
     cpu = time.process_time() - cpu
     return Outcome(models, records, scraper.series(), cpu, seed)
+
+
+def _for_one_of(adapters: int, request: Request) -> Request:
+    """The request, for an adapter that there is."""
+    if request.adapter is None:
+        return request
+    return replace(request, adapter=request.adapter % adapters)

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,17 +59,29 @@ def run_suite(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
+    if url is not None:
+        console.print(
+            f"{url} is asked as it is: neither the suites' server options nor their numbers of"
+            " adapters hold, and machine and revision below are this client's.",
+            highlight=False,
+        )
     with Progress(*columns, console=console) as progress:
         for number, run in enumerate(suite.runs, start=1):
             title = f"{number}/{len(suite.runs)}  {run.name}"
             task = progress.add_task(f"{title}: starting", total=None)
+            if url is not None:  # whose options are not ours to set
+                run = replace(run, server=())
             with _server(run, url) as server:
                 endpoint = Endpoint(server["url"], api_key)
                 total = len(run.workload.requests())
                 progress.update(task, description=f"{title}: warming up", total=total)
                 advance = _advancer(progress, task, title)
                 outcome = asyncio.run(measure(endpoint, run, advance))
-            about = {"model": outcome.models.base, **server}
+            about = {
+                "model": outcome.models.base,
+                "adapters": len(outcome.models.adapters),
+                **server,
+            }
             write_line(path, result(name, run, outcome, {"server": about, **where}))
 
 
@@ -123,7 +136,9 @@ def main(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results; a new one in build/ without it.")
     ] = None,
-    url: Annotated[str | None, typer.Option(help="Of a server that runs.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Of a server that runs; it is asked as it is.")
+    ] = None,
     api_key: Annotated[str | None, typer.Option(help="Sent to that as a bearer token.")] = None,
     only: Annotated[str, typer.Option(help="Runs with this in their names.")] = "",
     trace: Annotated[

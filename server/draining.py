@@ -8,11 +8,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from polydelta.server.errors import error_response
-from polydelta.server.lifecycle import Lifecycle, State
+from polydelta.server.lifecycle import PROBES, Lifecycle, State
 from polydelta.server.unavailable import HEADERS, refuse
-
-# Those who watch a server see it to its end.
-ALWAYS_ANSWERED = frozenset({"/health", "/ping", "/ready", "/version", "/metrics"})
 
 
 class Draining:
@@ -26,7 +23,7 @@ class Draining:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif self._lifecycle.ending and scope["path"] not in ALWAYS_ANSWERED:
+        elif self._lifecycle.ending and scope["path"] not in PROBES:
             refusal = error_response(
                 503, "The server is about to stop and takes no new requests.", headers=HEADERS
             )

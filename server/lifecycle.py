@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+# Those who watch a server see it to its end, and what they ask is no request that was refused.
+PROBES = frozenset({"/health", "/ping", "/ready", "/version", "/metrics"})
+
 
 class State(StrEnum):
     LOADING = "loading"

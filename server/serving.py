@@ -80,6 +80,8 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             log_level=settings.log_level,
+            # Nothing here speaks it, and its connections are none that `stalled` could look at.
+            ws="none",
             lifespan="off",
             timeout_graceful_shutdown=LAST_BYTES,
         )

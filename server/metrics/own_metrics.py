@@ -119,13 +119,14 @@ class OwnMetrics:
 
     def _counts(self, stats: EngineStats) -> Mapping[str, AdapterCounts]:
         """By the label that stands for each."""
-        others = replace(stats.usage.others)
-        rows = {OTHER: others}
+        rows = {OTHER: replace(stats.usage.others)}
         for name, counts in stats.usage.named.items():
-            if name == OTHER:  # an adapter of that very id
-                others.add(counts)
+            label = name or self._base
+            # There is one already for an adapter that is called as the base, or as the others.
+            if label in rows:
+                rows[label].add(counts)
             else:
-                rows[name or self._base] = counts
+                rows[label] = replace(counts)
         return rows
 
     def _steps(self, stats: EngineStats) -> Iterable[Metric]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from polydelta.server.lifecycle import PROBES
+
 # Where whoever refuses a request may leave a reason that says more than the status.
 REASON = "polydelta.refusal"
 
@@ -17,14 +19,11 @@ REASONS = {
     409: "conflict",
     413: "too_large",
     422: "bad_request",
-    429: "overload",
     499: "client_left",
     503: "unavailable",
 }
-# Those that another try, later, would not have met.
-REJECTIONS = (429, 503)
-# What asks whether requests are taken is no request that was refused.
-PROBES = ("/health", "/ping", "/ready", "/metrics")
+# Those that another try, later, may not meet.
+REJECTIONS = (503,)
 
 
 class Refusals:
@@ -40,7 +39,7 @@ class Refusals:
         )
         self._rejections = Counter(
             "vllm:admission_rejections",
-            "Requests refused for want of capacity.",
+            "Requests answered with 503: they may be sent again, later or elsewhere.",
             ["model_name", "engine", "reason"],
             registry=registry,
         )
@@ -70,9 +69,19 @@ class CountRefusals:
             await self._app(scope, receive, send)
             return
 
+        began = False
+
         async def watched(message: Message) -> None:
+            nonlocal began
+            began = True
             if message["type"] == "http.response.start" and message["status"] >= 400:
                 self._refusals.count(message["status"], scope.get(REASON))
             await send(message)
 
-        await self._app(scope, receive, watched)
+        try:
+            await self._app(scope, receive, watched)
+        except Exception:
+            # A bug of ours is answered further out, with a 500.
+            if not began:
+                self._refusals.count(500)
+            raise

@@ -33,12 +33,11 @@ TEXTS = {
 class VllmMetrics:
     """Of one engine, from its counts."""
 
-    def __init__(self, model_name: str, dtype: str, max_adapters: int, most_named: int) -> None:
-        """max_adapters: in one step; most_named: adapters that a list has, at most."""
+    def __init__(self, model_name: str, dtype: str, max_adapters: int) -> None:
+        """max_adapters: in one step."""
         self._make = Families("vllm:", {"model_name": model_name, "engine": "0"})
         self._dtype = dtype
         self._max_adapters = max_adapters
-        self._most_named = most_named
 
     def of(self, stats: EngineStats) -> Iterable[Metric]:
         yield from self._queue(stats)
@@ -74,8 +73,8 @@ class VllmMetrics:
         # Routers read the label lists of the series with the newest value, a time.
         adapters = {
             "max_lora": str(self._max_adapters),
-            "running_lora_adapters": self._list(stats.running_adapters),
-            "waiting_lora_adapters": self._list(stats.waiting_adapters),
+            "running_lora_adapters": ",".join(stats.running_adapters),
+            "waiting_lora_adapters": ",".join(stats.waiting_adapters),
         }
         yield make.gauges(
             "lora_requests_info",
@@ -95,6 +94,3 @@ class VllmMetrics:
         yield self._make.counters(
             "request_success", "Requests that ended.", ("finished_reason",), by_one(stats.finished)
         )
-
-    def _list(self, adapters: tuple[str, ...]) -> str:
-        return ",".join(adapters[: self._most_named])

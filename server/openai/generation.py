@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 # Nobody reads it but the access log, where proxies write this status for a client that left.
 CLIENT_GONE = 499
-# Outputs that wait to be taken; more of them are put together.
+# Outputs that wait to be taken, of a request with few choices; more of them are put together.
 MOST_WAITING = 256
 # What a refusal is counted as when the engine could not serve an adapter.
 ADAPTER_FAILED = "adapter_failed"
@@ -66,6 +66,9 @@ class Generation:
         # Choice and output, oldest first; the engine's thread adds to them.
         self._arrived: list[tuple[int, RequestOutput]] = []
         self._lock = threading.Lock()
+        # Of more than so many the next are put together. It doubles, so that an output is handled
+        # a few times at most, however many choices there are and however long they get.
+        self._most_waiting = MOST_WAITING
         # A choice's failure that the next call of `take` tells of.
         self._failed: ApiError | None = None
         # What `take` waits for.
@@ -106,6 +109,7 @@ class Generation:
             await self._news
         with self._lock:
             arrived, self._arrived = self._arrived, []
+            self._most_waiting = MOST_WAITING
         outputs: list[tuple[int, RequestOutput]] = []
         for index, output in arrived:
             if output.finished:
@@ -126,8 +130,9 @@ class Generation:
         """On the engine's thread."""
         with self._lock:
             self._arrived.append((index, output))
-            if len(self._arrived) > MOST_WAITING:
+            if len(self._arrived) > self._most_waiting:
                 self._arrived = _put_together(self._arrived)
+                self._most_waiting = max(MOST_WAITING, 4 * len(self._arrived))
         if self._streamed or output.finished:
             # A closed loop is a server that has stopped; nobody waits for the output.
             with contextlib.suppress(RuntimeError):
@@ -157,11 +162,11 @@ class Generation:
 
 def _put_together(arrived: Sequence[tuple[int, RequestOutput]]) -> list[tuple[int, RequestOutput]]:
     """One output for each choice, and its failure if it failed."""
-    together: dict[tuple[int, bool], RequestOutput] = {}
+    pieces: dict[tuple[int, bool], list[RequestOutput]] = {}
     for index, output in arrived:
         key = index, output.finish_reason is FinishReason.ERROR
-        together[key] = together[key].followed_by(output) if key in together else output
-    return [(index, output) for (index, _), output in together.items()]
+        pieces.setdefault(key, []).append(output)
+    return [(index, RequestOutput.joined(outputs)) for (index, _), outputs in pieces.items()]
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -21,6 +21,11 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 LAST_SECONDS = 10
 
 
+def default(value: str) -> str:
+    """What compose makes of `${NAME:-default}` where NAME is not set."""
+    return re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", value)
+
+
 def mounts(service: str) -> dict[str, str]:
     """Path in the container -> volume or path beside the compose file."""
     parts = (line.split(":") for line in SERVICES[service]["volumes"])
@@ -115,15 +120,15 @@ def test_every_variable_of_ours_is_a_setting_of_the_server(file: str) -> None:
 
 def test_what_is_set_for_the_server_are_values_that_it_takes() -> None:
     environment: dict[str, str] = SERVICES["polydelta"]["environment"]
-    values = {name.removeprefix(ENV_PREFIX).lower(): v for name, v in environment.items()}
+    values = {n.removeprefix(ENV_PREFIX).lower(): default(v) for n, v in environment.items()}
     settings = ServerSettings(**values)
     assert (settings.host, str(settings.port)) == ("0.0.0.0", published("polydelta"))
 
 
 def test_a_stop_gives_the_server_the_time_that_it_gives_its_requests() -> None:
     server = SERVICES["polydelta"]
-    grace = int(server["stop_grace_period"].removesuffix("s"))
-    assert grace >= int(server["environment"]["POLYDELTA_SHUTDOWN_TIMEOUT"]) + LAST_SECONDS
+    grace = int(default(server["stop_grace_period"]).removesuffix("s"))
+    assert grace >= int(default(server["environment"]["POLYDELTA_SHUTDOWN_TIMEOUT"])) + LAST_SECONDS
 
 
 def test_ports_are_published_to_this_machine_unless_it_is_told_otherwise() -> None:

@@ -13,6 +13,7 @@ import pytest
 from polydelta.adapters_store.composition import Share
 from polydelta.adapters_store.errors import AdapterError
 from polydelta.adapters_store.folders import FolderCatalog
+from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.engine import Engine, EngineDeadError
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.models.decoder import base_layout
@@ -270,3 +271,31 @@ def test_an_order_that_is_withdrawn_before_it_is_carried_out_ends(
             order.result(60)
         assert run(engine, [request("a")])["a"].finish_reason is FinishReason.LENGTH
         assert engine.stats().pages_adapters == 0
+
+
+def test_a_crash_answers_those_whose_orders_were_not_taken_yet(
+    tiny_checkpoint: Checkpoint, serve: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a command does while the engine ends, those behind it are answered."""
+    ended: list[object] = []
+    with serve(tiny_checkpoint, ends_alive=False) as engine:
+        holding, held = threading.Event(), threading.Event()
+
+        def crash() -> None:
+            held.set()
+            holding.wait(60)
+            raise RuntimeError("the engine is to crash")
+
+        def fail() -> None:
+            raise RuntimeError("as a command may, when nothing is certain")
+
+        engine._command(crash)
+        assert held.wait(60)
+        engine._command(fail)
+        engine.submit(request("behind"), ended.append)
+        order = engine.load_adapter(AdapterRef("a", 1, Path("nowhere")))
+        holding.set()
+        assert isinstance(order.exception(timeout=60), AdapterError)
+        engine._thread.join(60)
+        assert [output.finish_reason for output in ended] == [FinishReason.ERROR]
+        assert engine.stats().num_running == engine.stats().num_waiting == 0

@@ -76,7 +76,10 @@ def test_a_suite_is_run_told_and_drawn(tmp_path: Path, fake_server, command):
     for line in (first, second):
         assert line["suite"] == "quick"
         assert line["figures"]["outcomes"] == {"served": 18}
-        assert line["server"] == {"model": "base", "url": fake_server.url, "about": fake_server.url}
+        asked = {"url": fake_server.url, "about": fake_server.url}
+        assert line["server"] == {"model": "base", "adapters": 2} | asked
+        # Of the two that there are, and of the base.
+        assert {adapter for adapter, _, _ in line["services"]} <= {None, 0, 1}
         assert line["machine"] == {"cpu": "a <slow> one", "cores": 2}
         assert line["config"]["workload"]["rate"] == 60.0
         assert len(line["requests"]["first_token"]) == 18

@@ -215,10 +215,23 @@ def test_requests_that_were_refused_are_counted_by_why(samples, client, stream, 
         ("bad_request", "400"): 3,
         ("unavailable", "503"): 1,
     }
-    assert by_label(found, "vllm:admission_rejections_total", "reason") == {
-        "overload": 0,
-        "unavailable": 1,
-    }
+    assert by_label(found, "vllm:admission_rejections_total", "reason") == {"unavailable": 1}
+
+
+def test_a_bug_of_ours_is_a_refusal_too(samples, client, app):
+    @app.get("/v1/bug")
+    def bug():
+        raise ZeroDivisionError
+
+    assert client.get("/v1/bug").status_code == 500
+    assert samples()["polydelta_refusals_total", (("reason", "internal"), ("status", "500"))] == 1
+
+
+def test_adapters_called_as_the_base_or_as_the_others_are_added_to_them(samples, engine):
+    named = {name: AdapterCounts(requests=2) for name in ("", "fake-base", "other")}
+    engine.stats_now = EngineStats(usage=AdapterUsageSnapshot(named, AdapterCounts(requests=5)))
+    requests = by_label(samples(), "polydelta_adapter_requests_total", "adapter")
+    assert requests == {"fake-base": 4, "other": 7}
 
 
 def test_two_servers_in_one_process_count_apart(make_app, complete):

@@ -104,6 +104,17 @@ def test_an_interrupt_stops_an_idle_server_with_code_0(serve):
     assert serving.process.stdout.read() == "stopped\n"
 
 
+def test_a_connection_that_would_be_a_websocket_is_an_ordinary_one(serve):
+    """Not one of another kind, that those who look after connections do not know."""
+    serving = serve()
+    upgrade = b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    upgrade += b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    with serving.connect(upgrade) as connection:
+        assert connection.recv(64).startswith(b"HTTP/1.1 200")
+        time.sleep(1.2)  # until they have looked
+        assert serving.get("/health").status_code == 200
+
+
 def test_without_a_timeout_requests_in_flight_end_with_abort(serve):
     serving = serve()
     with serving.stream() as answer:

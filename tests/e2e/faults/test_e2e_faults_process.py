@@ -186,7 +186,6 @@ def check_stop_at_once(server: Server, writer: Any) -> None:
             assert_ended(body)
         assert_ended(order)
         check_gone(server)
-        print("stopped in", time.monotonic() - began)
         assert time.monotonic() - began < 10
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")
