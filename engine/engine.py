@@ -20,13 +20,13 @@ from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.errors import InUseError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.adapter_control import AdapterControl
-from polydelta.engine.detokenizer import Detokenizer, TextStep
+from polydelta.engine.detokenizer import Detokenizer
 from polydelta.engine.models.tokenizer import Tokenizer
+from polydelta.engine.outputs import deliver, last_output, output_of
 from polydelta.engine.request import (
     FinishReason,
     GenerationRequest,
     OutputHandler,
-    RequestOutput,
 )
 from polydelta.engine.residency import AdapterPlace
 from polydelta.engine.runner import LaunchedStep, Runner
@@ -34,7 +34,7 @@ from polydelta.engine.scheduler import Scheduler
 from polydelta.engine.sequence import SampledToken, Schedule, Sequence
 from polydelta.engine.stats import EngineStats
 from polydelta.engine.stats_recorder import StatsRecorder
-from polydelta.engine.step_stats import StepPhase
+from polydelta.engine.step_stats import StepClock, StepPhase
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ class Engine:
         """
         if self._scheduler.must_know_tokens():
             self._complete_steps(0)
-        clock = _Clock(self._recorder)
+        clock = StepClock(self._recorder.phase)
         self._adapters.advance()
         schedule = self._scheduler.schedule()
         failures = self._scheduler.take_failures()
@@ -244,7 +244,7 @@ class Engine:
         """Waits for tokens until so many steps are under way; whether there was one to wait for."""
         completed = len(self._under_way) > left
         while len(self._under_way) > left:
-            clock = _Clock(self._recorder)
+            clock = StepClock(self._recorder.phase)
             done = self._under_way.popleft()
             sampled = done.step.wait()
             clock.ended(StepPhase.WAIT)
@@ -281,7 +281,7 @@ class Engine:
     def _add(self, sequence: Sequence) -> None:
         if problem := self._problem(sequence):
             self._recorder.finished(sequence, FinishReason.ERROR)
-            _deliver(sequence, _last_output(sequence, FinishReason.ERROR, problem))
+            deliver(sequence, last_output(sequence, FinishReason.ERROR, problem))
             return
         self._texts[sequence] = Detokenizer(self.tokenizer, sequence.request.sampling)
         self._sequences[sequence.id] = sequence
@@ -327,7 +327,7 @@ class Engine:
                 self._scheduler.remove(sequence)
                 self._forget(sequence)
                 self._recorder.finished(sequence, step.finish_reason)
-            _deliver(sequence, _output(sequence, token, step))
+            deliver(sequence, output_of(sequence, token, step))
 
     def _finish(
         self,
@@ -339,7 +339,7 @@ class Engine:
         """Ends a sequence that the scheduler no longer has."""
         self._forget(sequence)
         self._recorder.finished(sequence, reason)
-        _deliver(sequence, _last_output(sequence, reason, error, is_ours))
+        deliver(sequence, last_output(sequence, reason, error, is_ours))
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.id], self._texts[sequence]
@@ -379,60 +379,8 @@ class Engine:
         )
 
 
-class _Clock:
-    """What each phase of a step takes."""
-
-    def __init__(self, recorder: StatsRecorder) -> None:
-        self._recorder = recorder
-        self.began = self._last = time.perf_counter()
-
-    def ended(self, phase: StepPhase) -> None:
-        now = time.perf_counter()
-        self._recorder.phase(phase, now - self._last)
-        self._last = now
-
-
 def _try_to(work: Callable[[], None]) -> None:
     try:
         work()
     except Exception:
         logger.exception("something failed while the engine was ending")
-
-
-def _deliver(sequence: Sequence, output: RequestOutput) -> None:
-    """A client that cannot take its output must not take the engine down with it."""
-    try:
-        sequence.on_output(output)
-    except Exception:
-        logger.warning("request %s could not take its output", sequence.id, exc_info=True)
-
-
-def _output(sequence: Sequence, token: SampledToken, step: TextStep) -> RequestOutput:
-    return RequestOutput(
-        request_id=sequence.id,
-        text=step.text,
-        token_ids=(token.token_id,),
-        logprobs=(token.logprob,) if token.logprob else (),
-        cached_tokens=sequence.num_cached or 0,
-        finish_reason=step.finish_reason,
-        stop_reason=step.stop_reason,
-        times=sequence.times if step.finish_reason else None,
-    )
-
-
-def _last_output(
-    sequence: Sequence,
-    reason: FinishReason,
-    error: str | None = None,
-    is_ours: bool = False,
-) -> RequestOutput:
-    """An end without a token."""
-    return RequestOutput(
-        request_id=sequence.id,
-        text="",
-        token_ids=(),
-        finish_reason=reason,
-        error=error,
-        error_is_ours=is_ours,
-        times=sequence.times,
-    )

@@ -57,8 +57,6 @@ class Sequence:
         # Blocks that the prefix cache was told of.
         self.num_published = 0
         self.num_preemptions = 0
-        # Whether one of its adapters was not in the pool when it came.
-        self.is_cold = False
         # By time.monotonic.
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None

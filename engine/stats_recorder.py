@@ -48,12 +48,12 @@ class StatsRecorder:
 
     def arrived(self, sequence: Sequence) -> None:
         """Before it is scheduled."""
-        sequence.is_cold = not all(map(self._residency.is_resident, sequence.adapter_refs))
-        self._cold_starts += sequence.is_cold
+        is_cold = not all(map(self._residency.is_resident, sequence.adapter_refs))
+        self._cold_starts += is_cold
         for name in _names(sequence):
             counts = self._residency.usage.use(name)
             counts.requests += 1
-            counts.hits += not sequence.is_cold
+            counts.hits += not is_cold
 
     def step(self, schedule: Schedule, tokens: Seq[SampledToken | None], seconds: float) -> None:
         """A step was computed and committed.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -73,3 +74,16 @@ class StepStats:
             self._adapters.distribution(),
             dict(self._computed),
         )
+
+
+class StepClock:
+    """Tells what each phase of a step takes, in seconds."""
+
+    def __init__(self, tell: Callable[[StepPhase, float], None]) -> None:
+        self._tell = tell
+        self.began = self._last = time.perf_counter()
+
+    def ended(self, phase: StepPhase) -> None:
+        now = time.perf_counter()
+        self._tell(phase, now - self._last)
+        self._last = now
