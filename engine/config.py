@@ -33,6 +33,17 @@ class EngineConfig:
     # Adapters kept ready in host RAM.
     host_adapter_bytes: int = 2 << 30
     prefix_caching: bool = True
+    # Who of those that wait enters next: "fair", "fcfs" or "priority".
+    scheduling_policy: str = "fair"
+    # Share of the pool that adapters have, and KV not, 0 to 1; None: they share all of it.
+    adapter_share: float | None = None
+    # Host RAM for the KV of preempted requests; 0: it is recomputed.
+    host_kv_bytes: int = 0
+    # Seconds to the first token, after which a request is refused rather than served; None: never.
+    ttft_slo: float | None = None
+    # Requests that wait, and tokens of their prompts; more are refused. None: no limit.
+    max_waiting: int | None = None
+    max_waiting_tokens: int | None = None
     # Bits of the weights of linear layers: "int8" or "int4"; None keeps them in the dtype.
     quantization: str | None = None
     # Steps with one adapter alone before it goes into the base weights; None never does that.

@@ -52,7 +52,9 @@ def log_probabilities(
     while missing:
         output = outputs.get()
         if output.finish_reason is FinishReason.ERROR:
-            raise InvalidAdapterError(output.error or "The engine failed.")
+            raise InvalidAdapterError(
+                output.error.message if output.error else "The engine failed."
+            )
         for predicted in output.logprobs:
             tokens, values = zip(*predicted.top, strict=True)
             found[int(output.request_id), list(tokens)] = torch.tensor(values)

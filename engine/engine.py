@@ -24,9 +24,11 @@ from polydelta.engine.detokenizer import Detokenizer
 from polydelta.engine.models.tokenizer import Tokenizer
 from polydelta.engine.outputs import deliver, last_output, output_of
 from polydelta.engine.request import (
+    ErrorKind,
     FinishReason,
     GenerationRequest,
     OutputHandler,
+    RequestError,
 )
 from polydelta.engine.residency import AdapterPlace
 from polydelta.engine.runner import LaunchedStep, Runner
@@ -210,7 +212,8 @@ class Engine:
                     self._rest()
         except Exception:
             logger.exception("the engine's loop failed")
-            self._end_all(FinishReason.ERROR, "The engine failed; see the server's log.")
+            failed = RequestError("The engine failed; see the server's log.", ErrorKind.SERVER)
+            self._end_all(FinishReason.ERROR, failed)
         else:
             self._end_all(FinishReason.ABORT)
         finally:
@@ -230,7 +233,7 @@ class Engine:
         schedule = self._scheduler.schedule()
         failures = self._scheduler.take_failures()
         for failure in failures:
-            self._finish(failure.sequence, FinishReason.ERROR, failure.reason, failure.is_ours)
+            self._finish(failure.sequence, FinishReason.ERROR, failure.error)
         if schedule:
             clock.ended(StepPhase.SCHEDULE)
             step = self._runner.launch(schedule, self._scheduler.bound_adapter)
@@ -281,7 +284,7 @@ class Engine:
     def _add(self, sequence: Sequence) -> None:
         if problem := self._problem(sequence):
             self._recorder.finished(sequence, FinishReason.ERROR)
-            deliver(sequence, last_output(sequence, FinishReason.ERROR, problem))
+            deliver(sequence, last_output(sequence, FinishReason.ERROR, RequestError(problem)))
             return
         self._texts[sequence] = Detokenizer(self.tokenizer, sequence.request.sampling)
         self._sequences[sequence.id] = sequence
@@ -333,13 +336,12 @@ class Engine:
         self,
         sequence: Sequence,
         reason: FinishReason,
-        error: str | None = None,
-        is_ours: bool = False,
+        error: RequestError | None = None,
     ) -> None:
         """Ends a sequence that the scheduler no longer has."""
         self._forget(sequence)
         self._recorder.finished(sequence, reason)
-        deliver(sequence, last_output(sequence, reason, error, is_ours))
+        deliver(sequence, last_output(sequence, reason, error))
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.id], self._texts[sequence]
@@ -358,7 +360,7 @@ class Engine:
         self._adapters.forget(ref)
         self._runner.forget_adapter(ref)
 
-    def _end_all(self, reason: FinishReason, error: str | None = None) -> None:
+    def _end_all(self, reason: FinishReason, error: RequestError | None = None) -> None:
         self._stopping = True
         with self._closing:
             self._closed = True

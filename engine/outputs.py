@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from polydelta.engine.detokenizer import TextStep
-from polydelta.engine.request import FinishReason, RequestOutput
+from polydelta.engine.request import FinishReason, RequestError, RequestOutput
 from polydelta.engine.sequence import SampledToken, Sequence
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,7 @@ def output_of(sequence: Sequence, token: SampledToken, step: TextStep) -> Reques
 def last_output(
     sequence: Sequence,
     reason: FinishReason,
-    error: str | None = None,
-    is_ours: bool = False,
+    error: RequestError | None = None,
 ) -> RequestOutput:
     """An end without a token."""
     return RequestOutput(
@@ -46,6 +45,5 @@ def last_output(
         token_ids=(),
         finish_reason=reason,
         error=error,
-        error_is_ours=is_ours,
         times=sequence.times,
     )

@@ -11,6 +11,30 @@ from itertools import chain
 from polydelta.adapters_store.composition import Shares
 
 
+class ErrorKind(StrEnum):
+    """Who can do what about a request that failed."""
+
+    # What was asked for cannot be served: ask for something else.
+    REQUEST = "request"
+    # The server is to blame.
+    SERVER = "server"
+    # Its first token would have come after the deadline: ask again later, as below.
+    LATE = "late"
+    # Too many wait already.
+    QUEUE_FULL = "queue_full"
+
+
+@dataclass(frozen=True)
+class RequestError:
+    """Why a request ended without an answer."""
+
+    # Fit for the client to read.
+    message: str
+    kind: ErrorKind = ErrorKind.REQUEST
+    # Seconds after which another try may do better; None where that makes no difference.
+    retry_after: float | None = None
+
+
 class FinishReason(StrEnum):
     """Why a request ended, in OpenAI's words where it has them."""
 
@@ -105,10 +129,8 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     # The stop string or stop token id that ended it.
     stop_reason: str | int | None = None
-    # Set with FinishReason.ERROR: what went wrong, fit for the client to read.
-    error: str | None = None
-    # Whether the server is to blame for it, and not what was asked for.
-    error_is_ours: bool = False
+    # Set with FinishReason.ERROR.
+    error: RequestError | None = None
     # Of the last output only.
     times: RequestTimes | None = None
 
@@ -136,6 +158,14 @@ class GenerationRequest:
     sampling: SamplingParams
     # The adapters whose weighted sum answers; none of them is the bare base model.
     adapters: Shares = ()
+    # Whom it counts for where the queue is fair; "" is nobody's, and counts for its adapters.
+    tenant: str = ""
+    # Of the tenant, against others: twice the weight is twice the tokens.
+    weight: float = 1.0
+    # Where the queue goes by priority: lower ones first.
+    priority: int = 0
+    # Prefix blocks are shared between requests of the same salt only.
+    cache_salt: str = ""
     # By time.monotonic.
     arrived: float = field(default_factory=time.monotonic)
 

@@ -25,6 +25,7 @@ from polydelta.adapters_store.errors import AdapterError, StoreError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.kv_cache import BASE_NAMESPACE, KVCache
 from polydelta.engine.pool import PagePool
+from polydelta.engine.request import ErrorKind, RequestError
 from polydelta.engine.residency import AdapterPlace, Residency, ResidencyState
 from polydelta.engine.sequence import SampledToken, Schedule, ScheduledSequence, Sequence
 
@@ -47,9 +48,7 @@ class Failure:
     """A sequence that can never run, and why."""
 
     sequence: Sequence
-    reason: str
-    # Whether the server is to blame, and not what was asked for.
-    is_ours: bool = False
+    error: RequestError
 
 
 class Scheduler:
@@ -97,7 +96,8 @@ class Scheduler:
     def fail_waiting(self, ref: AdapterRef, error: AdapterError) -> None:
         """One failed load fails everybody who waited for it; later requests try again."""
         for sequence in [s for s in self.waiting if s.uses(ref)]:
-            self._fail(sequence, str(error), is_ours=isinstance(error, StoreError))
+            kind = ErrorKind.SERVER if isinstance(error, StoreError) else ErrorKind.REQUEST
+            self._fail(sequence, RequestError(str(error), kind))
 
     def take_failures(self) -> list[Failure]:
         """Sequences that left because they can never run."""
@@ -259,7 +259,7 @@ class Scheduler:
         context window."""
         problem = self._lack_of_pages(sequence) or self._lack_of_positions(sequence)
         if problem is not None:
-            self._fail(sequence, problem)
+            self._fail(sequence, RequestError(problem))
         return problem is None
 
     def _lack_of_pages(self, sequence: Sequence) -> str | None:
@@ -289,10 +289,10 @@ class Scheduler:
             "the prompt, or use an adapter with fewer virtual tokens."
         )
 
-    def _fail(self, sequence: Sequence, reason: str, is_ours: bool = False) -> None:
+    def _fail(self, sequence: Sequence, error: RequestError) -> None:
         sequence.has_left = True
         self._leave_queue(sequence)
-        self._failures.append(Failure(sequence, reason, is_ours))
+        self._failures.append(Failure(sequence, error))
 
     def _leave_queue(self, sequence: Sequence) -> None:
         """Out of the waiting; what was loaded for it goes if nobody else waits for it."""

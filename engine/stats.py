@@ -9,6 +9,7 @@ from polydelta.adapters_store.load_times import LoadTier, LoadTotals
 from polydelta.engine.adapter_usage import AdapterUsageSnapshot
 from polydelta.engine.eviction import EvictionReason
 from polydelta.engine.histogram import Distribution
+from polydelta.engine.preemption_mode import PreemptionMode
 from polydelta.engine.residency import ResidentAdapter
 from polydelta.engine.step_stats import StepSnapshot
 
@@ -42,6 +43,9 @@ class EngineStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    preemptions_by_mode: Mapping[PreemptionMode, int] = field(default_factory=dict)
+    # Of preempted requests, in host RAM now.
+    host_kv_bytes: int = 0
     # Requests that found one of their adapters outside the pool.
     cold_starts: int = 0
     # Loads into host RAM that succeeded, by where they began, and those that failed.
@@ -53,6 +57,8 @@ class EngineStats:
     # Finish reason -> requests.
     finished: Mapping[str, int] = field(default_factory=dict)
     usage: AdapterUsageSnapshot = field(default_factory=AdapterUsageSnapshot)
+    # By tenant, all of them by name; of what concerns adapters alone, nothing.
+    tenants: AdapterUsageSnapshot = field(default_factory=AdapterUsageSnapshot)
     resident: tuple[ResidentAdapter, ...] = ()
     # Ids, sorted.
     running_adapters: tuple[str, ...] = ()

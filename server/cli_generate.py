@@ -141,7 +141,7 @@ def _print_all(outputs: SimpleQueue[RequestOutput]) -> int:
         sys.stdout.flush()
         count += len(output.token_ids)
         if output.finish_reason is FinishReason.ERROR:
-            raise GenerateError(output.error or "The engine failed.")
+            raise GenerateError(output.error.message if output.error else "The engine failed.")
         if output.finished:
             sys.stdout.write("\n")
             return count

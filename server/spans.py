@@ -140,7 +140,7 @@ class RequestTrace:
         if last.finish_reason is not None:
             self._finish_reasons[index] = last.finish_reason.value
         if last.error is not None:
-            self._failure = "engine_error", last.error
+            self._failure = "engine_error", last.error.message
         times = last.times
         if times is None:
             return

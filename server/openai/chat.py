@@ -75,7 +75,7 @@ async def _prepare(
         trace.served_by(lease, reply.usage)
     service.metrics.asked(body.n, prompts=1)
     requests = [
-        GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares, arrived)
+        GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares, arrived=arrived)
         for index, choice in enumerate(for_choices(sampling, body.n))
     ]
     return reply, Generation(engine, requests, service.metrics, lease, body.stream, trace)

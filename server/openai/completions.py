@@ -83,7 +83,7 @@ async def _prepare(
         trace.served_by(lease, reply.usage)
     service.metrics.asked(body.n, prompts=len(prompts))
     requests = [
-        GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares, arrived)
+        GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares, arrived=arrived)
         for index, (prompt, choice) in enumerate(choices)
     ]
     return reply, Generation(engine, requests, service.metrics, lease, body.stream, trace)

@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from fastapi import Request
 
 from polydelta.adapters_store.leases import Lease
-from polydelta.engine.request import FinishReason, GenerationRequest, RequestOutput
+from polydelta.engine.request import (
+    ErrorKind,
+    FinishReason,
+    GenerationRequest,
+    RequestError,
+    RequestOutput,
+)
 from polydelta.server.errors import ApiError
 from polydelta.server.metrics import Metrics
 
@@ -148,14 +154,15 @@ class Generation:
         self._unfinished.clear()
 
     def _failure(self, index: int, output: RequestOutput) -> ApiError:
-        reason = output.error or "The engine gave no reason."
+        error = output.error or RequestError("The engine gave no reason.", ErrorKind.SERVER)
+        reason = error.message
         if not self._engine.alive:
             return ApiError(503, reason)
         # A living engine fails a request only for what the request asks of it.
         if not self._requests[index].adapters:
             return ApiError(400, reason)
         message = f"model: {self._lease.name!r} cannot be served: {reason}"
-        if output.error_is_ours:
+        if error.kind is ErrorKind.SERVER:
             return ApiError(503, message, reason=ADAPTER_FAILED)
         return ApiError(400, message, "model", reason=ADAPTER_FAILED)
 

@@ -218,7 +218,7 @@ class World:
         self.control.advance()
         schedule = self.scheduler.schedule()
         failures = self.scheduler.take_failures()
-        self.failed |= {f.sequence: f.reason for f in failures}
+        self.failed |= {f.sequence: f.error.message for f in failures}
         rests = not schedule and not failures and not self.under_way
         self._check_schedule(schedule, rests)
         self._compute(schedule)

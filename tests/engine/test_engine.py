@@ -120,7 +120,7 @@ def test_a_prompt_that_cannot_be_served_is_answered_with_the_reason(
     with serve(tiny_checkpoint) as engine:
         answer = run(engine, [request("a", prompt)])["a"]
         assert answer.finish_reason is FinishReason.ERROR
-        assert message in (answer.error or "")
+        assert message in str(answer.error)
         assert run(engine, [request("b")])["b"].finish_reason is FinishReason.LENGTH
 
 
@@ -145,7 +145,7 @@ def test_a_damaged_adapter_fails_its_requests_and_nobody_elses(
     reasons = {name: answer.finish_reason for name, answer in answers.items()}
     error, length = FinishReason.ERROR, FinishReason.LENGTH
     assert reasons == {"1": error, "2": length, "3": length, "4": error}
-    assert "adapter_model.safetensors" in (answers["1"].error or "")
+    assert "adapter_model.safetensors" in str(answers["1"].error)
 
 
 def test_an_adapter_that_changes_under_its_name_gives_new_answers(
@@ -252,7 +252,7 @@ def test_who_stands_behind_a_request_that_fails_is_answered_though_nothing_else_
                 request("2", adapter=catalog.resolve("second")),
             ],
         )
-    assert "needs 1" in (answers["1"].error or "")
+    assert "needs 1" in str(answers["1"].error)
     assert answers["2"].finish_reason is FinishReason.LENGTH
 
 

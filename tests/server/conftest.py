@@ -25,6 +25,7 @@ from polydelta.engine.request import (
     FinishReason,
     GenerationRequest,
     OutputHandler,
+    RequestError,
     RequestOutput,
     TokenLogprob,
 )
@@ -113,7 +114,11 @@ class FakeEngine:
                 on_output(self._output(request, token, None))
             on_output(
                 RequestOutput(
-                    request.request_id, "", (), finish_reason=FinishReason.ERROR, error=self.error
+                    request.request_id,
+                    "",
+                    (),
+                    finish_reason=FinishReason.ERROR,
+                    error=RequestError(self.error),
                 )
             )
             return

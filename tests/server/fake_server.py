@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from polydelta.adapters_store.base_layout import BaseLayout
-from polydelta.engine.request import FinishReason, RequestOutput
+from polydelta.engine.request import FinishReason, RequestError, RequestOutput
 from polydelta.engine.stats import EngineStats
 from polydelta.server import serving
 from polydelta.server.app import create_app
@@ -79,7 +79,7 @@ class ScriptedEngine:
         self._handlers[request.request_id] = on_output
         prompt = bytes(request.prompt_token_ids).decode()
         if prompt == "crash":
-            self._end_all(FinishReason.ERROR, "The engine failed.")
+            self._end_all(FinishReason.ERROR, RequestError("The engine failed."))
             return
         text = TEXTS.get(prompt, "x")
         threading.Thread(target=self._run, args=(request.request_id, text), daemon=True).start()
@@ -104,12 +104,14 @@ class ScriptedEngine:
             time.sleep(0.01)
         self._end(request_id, FinishReason.STOP)
 
-    def _end_all(self, reason: FinishReason, error: str | None = None) -> None:
+    def _end_all(self, reason: FinishReason, error: RequestError | None = None) -> None:
         self.alive = False
         for request_id in list(self._handlers):
             self._end(request_id, reason, error)
 
-    def _end(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
+    def _end(
+        self, request_id: str, reason: FinishReason, error: RequestError | None = None
+    ) -> None:
         with self._lock:
             if on_output := self._handlers.pop(request_id, None):
                 on_output(RequestOutput(request_id, "", (), finish_reason=reason, error=error))

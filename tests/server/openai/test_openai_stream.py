@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from polydelta.engine.request import FinishReason, RequestOutput
+from polydelta.engine.request import FinishReason, RequestError, RequestOutput
 from polydelta.server.openai.responses import Completion, CompletionChoice
 from polydelta.server.openai.schemas import StreamOptions
 from polydelta.server.openai.stream import ChunkWriter, reason
@@ -102,7 +102,11 @@ def test_one_failed_choice_aborts_the_others(stream, engine):
         engine.requests.append(request)
         on_output(
             RequestOutput(
-                request.request_id, "", (), finish_reason=FinishReason.ERROR, error="no room"
+                request.request_id,
+                "",
+                (),
+                finish_reason=FinishReason.ERROR,
+                error=RequestError("no room"),
             )
         )
 
