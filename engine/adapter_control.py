@@ -12,7 +12,7 @@ from typing import Any
 from polydelta.adapters_store.errors import AdapterError, InUseError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.kv_cache import KVCache
-from polydelta.engine.pool import PagePool
+from polydelta.engine.pools import Pools
 from polydelta.engine.residency import Residency, ResidencyState
 from polydelta.engine.scheduler import Scheduler
 
@@ -30,10 +30,10 @@ class AdapterControl:
     """Carries out orders as soon as the adapter is on the host and the pool has room."""
 
     def __init__(
-        self, pool: PagePool, kv: KVCache, residency: Residency[Any, Any], scheduler: Scheduler
+        self, pools: Pools, kv: KVCache, residency: Residency[Any, Any], scheduler: Scheduler
     ) -> None:
         """scheduler: has the requests that wait for the same adapters."""
-        self._pool = pool
+        self._pool = pools.adapters
         self._kv = kv
         self._residency = residency
         self._scheduler = scheduler

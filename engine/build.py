@@ -27,8 +27,11 @@ from polydelta.engine.models.config import ModelConfig
 from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.models.errors import ModelError
 from polydelta.engine.models.weights import Weights
+from polydelta.engine.overload import QueueLimits
 from polydelta.engine.paged_kv import kv_page_bytes
-from polydelta.engine.pool import PagePool
+from polydelta.engine.policies import POLICIES
+from polydelta.engine.pools import Pools
+from polydelta.engine.preemption import Preemption
 from polydelta.engine.residency import Residency
 from polydelta.engine.runner import Runner
 from polydelta.engine.scheduler import Scheduler, SchedulerLimits
@@ -79,6 +82,11 @@ def assemble(
     # Where it is known before the weights are read, what does not fit is refused at once.
     pool_bytes = limits.pool_bytes
     sizes = None if pool_bytes is None else _sizes(pool_bytes, page_bytes, config, model)
+    if config.scheduling_policy not in POLICIES:
+        raise ModelError(
+            f"scheduling_policy {config.scheduling_policy!r} is not supported: use one of "
+            f"{', '.join(POLICIES)}."
+        )
     if config.adapter_bits not in (None, *BITS):
         raise ModelError(f"adapter_bits {config.adapter_bits} is not supported: use 8 or 4.")
     bits = weight_bits(config.quantization)
@@ -135,10 +143,11 @@ def assemble(
         lambda done, total: report("Recording decode steps", done, total),
     )
 
-    wake, costs, pool = threading.Event(), CostModel(), PagePool(sizes.num_pages)
-    kv = KVCache(pool, config.block_size, costs, config.prefix_caching)
+    wake, costs = threading.Event(), CostModel()
+    pools = Pools.of(sizes.num_pages, config.adapter_share)
+    kv = KVCache(pools.kv, config.block_size, costs, config.prefix_caching)
     residency = Residency(
-        pool,
+        pools.adapters,
         page_bytes,
         config.block_size,
         host,
@@ -147,11 +156,19 @@ def assemble(
         wake.set,
         AdapterUsage(config.named_adapters),
     )
+    preemption = Preemption()
     scheduler = Scheduler(
-        SchedulerLimits(limits.max_batch_tokens, limits.max_batch_size, sizes.max_positions),
-        pool,
+        SchedulerLimits(
+            limits.max_batch_tokens,
+            limits.max_batch_size,
+            sizes.max_positions,
+            QueueLimits(config.ttft_slo, config.max_waiting, config.max_waiting_tokens),
+        ),
+        POLICIES[config.scheduling_policy](),
+        pools,
         kv,
         residency,
+        preemption,
     )
     return Engine(
         checkpoint.id,
@@ -160,9 +177,9 @@ def assemble(
         model.vocab_size,
         layout,
         scheduler,
-        AdapterControl(pool, kv, residency, scheduler),
+        AdapterControl(pools, kv, residency, scheduler),
         runner,
-        StatsRecorder(pool, kv, residency, costs, loader.times),
+        StatsRecorder(pools, kv, residency, costs, loader.times),
         wake,
         host.close,
         config.check_integrity,
@@ -183,15 +200,16 @@ class PoolSizes:
 def _sizes(pool_bytes: int, page_bytes: int, config: EngineConfig, model: ModelConfig) -> PoolSizes:
     """page_bytes: of one layer. Raises ModelError for a pool that is too small."""
     num_pages = pool_bytes // (page_bytes * model.num_layers)
-    if num_pages < 2:
+    num_kv_pages = round(num_pages * (1 - (config.adapter_share or 0.0)))
+    if num_kv_pages < 2:
         raise ModelError(
             f"A pool of {pool_bytes} bytes holds {num_pages} pages of {page_bytes} bytes in each "
             f"of {model.num_layers} layers: give it more memory."
         )
     return PoolSizes(
         num_pages,
-        min(model.context_length, num_pages * config.block_size),
-        _max_model_len(config, model.context_length, num_pages),
+        min(model.context_length, num_kv_pages * config.block_size),
+        _max_model_len(config, model.context_length, num_kv_pages),
     )
 
 

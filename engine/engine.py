@@ -265,11 +265,11 @@ class Engine:
         return completed
 
     def _rest(self) -> None:
-        """Nothing can run: waits for a command or for an adapter to be loaded."""
+        """Nothing can run: waits for a command, an adapter to be loaded, or a deadline."""
         if self._check_integrity:
             self._scheduler.check_integrity()
         if not self._stopping:  # a shutdown just before `clear` would not wake it again
-            self._wake.wait()
+            self._wake.wait(self._scheduler.seconds_to_deadline())
 
     def _take_commands(self) -> None:
         while (command := self._next_command()) is not None:
@@ -340,7 +340,7 @@ class Engine:
     ) -> None:
         """Ends a sequence that the scheduler no longer has."""
         self._forget(sequence)
-        self._recorder.finished(sequence, reason)
+        self._recorder.finished(sequence, reason, error)
         deliver(sequence, last_output(sequence, reason, error))
 
     def _forget(self, sequence: Sequence) -> None:

@@ -1,9 +1,10 @@
 """Block tables and the prefix cache: which pages hold the KV of which tokens. Imports no torch.
 
-A full block is known by a hash chained over all tokens up to its end, and over the digest of the
-adapter version that computes each block, so that no two variants ever share KV, and a new version
-under an old name finds nothing of the old one. Blocks before the token from which an activated
-LoRA acts are the base's, and shared with it.
+A full block is known by a hash chained over all tokens up to its end, and over the name and digest
+of the adapter version that computes each block, so that no two variants ever share KV, a new
+version under an old name finds nothing of the old one, and whoever finds a block may use the
+adapter that made it. A request's salt sets it apart from those with other salts. Blocks before the
+token from which an activated LoRA acts are the base's, and shared with it.
 
 Where an adapter puts n virtual tokens before the sequence, the first n % block_size places of the
 sequence's first page are theirs, copied from the adapter's pages. They need no hash of their own:
@@ -107,6 +108,10 @@ class KVCache:
         """How many of these pages the pool counts as evictable."""
         return sum(1 for page in pages if page not in self._users)
 
+    def num_own_pages(self, sequence: Sequence) -> int:
+        """Pages that nobody else uses."""
+        return sum(self._users[page] == 1 for page in sequence.block_table)
+
     def admit(self, sequence: Sequence, prefix: list[int]) -> None:
         """Gives a sequence the prefix that `find_prefix` found for it."""
         for page in prefix:
@@ -183,6 +188,11 @@ class KVCache:
         """Tokens of the sequence in its first `num_blocks` blocks, if they are full."""
         return max(0, num_blocks * self.block_size - self._shift(sequence))
 
+    def _first_hash(self, sequence: Sequence) -> bytes:
+        """What chains begin with: different salts share no block."""
+        salt = sequence.request.cache_salt.encode()
+        return hashlib.blake2b(salt, digest_size=HASH_BYTES).digest()
+
     def _is_of_base(self, sequence: Sequence, block: int) -> bool:
         """Whether the bare base computes the block, with nothing before it that is not its own."""
         last = self._tokens_in(sequence, block + 1)
@@ -196,7 +206,7 @@ class KVCache:
             # Equal tokens are not enough where the adapter begins to act within the block: where
             # that is depends on the rest of the prompt.
             acts_from = 0 if base else max(0, sequence.activation - start)
-            before = hashes[-1] if hashes else bytes(HASH_BYTES)
+            before = hashes[-1] if hashes else self._first_hash(sequence)
             name = (BASE_NAMESPACE if base else namespace).encode() + b"\0"
             content = array("q", [acts_from, *sequence.token_ids[start:stop]]).tobytes()
             block_hash = hashlib.blake2b(before + name + content, digest_size=HASH_BYTES)

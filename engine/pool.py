@@ -21,15 +21,16 @@ class PageAllocator:
     to lie in one piece.
     """
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, first_page: int = 0) -> None:
         self.num_pages = num_pages
         self.num_free = num_pages
+        self.pages = range(first_page, first_page + num_pages)
         # Runs of free pages by their first page, and by the page after their last.
-        self._length: dict[int, int] = {0: num_pages} if num_pages else {}
-        self._start_of_end: dict[int, int] = {num_pages: 0} if num_pages else {}
+        self._length: dict[int, int] = {first_page: num_pages} if num_pages else {}
+        self._start_of_end: dict[int, int] = {self.pages.stop: first_page} if num_pages else {}
         # First pages of runs, lowest on top; some may no longer be a run's first page.
-        self._lowest: list[int] = [0] if num_pages else []
-        self._is_free = bytearray(b"\x01" * num_pages)
+        self._lowest: list[int] = [first_page] if num_pages else []
+        self._is_free = bytearray(first_page) + bytearray(b"\x01" * num_pages)
 
     def take(self, count: int) -> list[int]:
         """`count` pages from the low end. The caller has checked `num_free`."""
@@ -62,7 +63,7 @@ class PageAllocator:
     def give_back(self, pages: Sequence[int]) -> None:
         """Raises ValueError for a page that is free already or never existed."""
         for page in pages:
-            if not 0 <= page < self.num_pages or self._is_free[page]:
+            if page not in self.pages or self._is_free[page]:
                 raise ValueError(f"page {page} is not in use")
             self._is_free[page] = 1
             self.num_free += 1
@@ -131,8 +132,8 @@ class IdlePages:
 class PagePool:
     """The allocator and what may be evicted from it. Ask `can_allocate`, then `allocate`."""
 
-    def __init__(self, num_pages: int) -> None:
-        self._allocator = PageAllocator(num_pages)
+    def __init__(self, num_pages: int, first_page: int = 0) -> None:
+        self._allocator = PageAllocator(num_pages, first_page)
         self._order = EvictionOrder()
         self._idle: dict[Hashable, IdlePages] = {}
         self.num_idle = 0
@@ -200,9 +201,10 @@ class PagePool:
     def check_integrity(self, in_use: Sequence[int]) -> None:
         """Raises RuntimeError unless free, idle and in-use pages are every page exactly once."""
         idle = [page for entry in self._idle.values() for page in entry.pages]
-        free = [page for page in range(self.num_pages) if self._allocator.is_free(page)]
+        pages = self._allocator.pages
+        free = [page for page in pages if self._allocator.is_free(page)]
         everything = sorted([*in_use, *idle, *free])
-        if everything != list(range(self.num_pages)):
+        if everything != list(pages):
             raise RuntimeError(
                 f"the pool's books do not balance: {len(free)} free + {len(idle)} idle + "
                 f"{len(in_use)} in use are not the {self.num_pages} pages once each"

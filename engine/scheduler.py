@@ -2,9 +2,9 @@
 
 Prefill, chunked prefill and decode are the same thing: a sequence has tokens whose KV is not
 computed yet, and a step computes some of them under a budget. Running sequences come first, those
-that decode before those that prefill; then waiting ones enter, in the order of their arrival, but
-for those whose adapters are still being loaded. Out of pages, the sequence that was admitted last
-is preempted, and recomputed later from what the prefix cache still has of it.
+that decode before those that prefill; then waiting ones enter, in the order of a policy, but for
+those whose adapters are still being loaded. Out of pages, the sequence that was admitted last is
+preempted; it has its KV back later from the prefix cache, from host RAM, or by recomputation.
 
 A step may be scheduled while the one before it is under way: `advance` notes that a step was
 launched, `commit` what it sampled. Whether a sequence has ended is known one step late then: a step
@@ -14,23 +14,23 @@ may compute some that have left.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass, field
 from typing import Any
 
-from polydelta.adapters_store.composition import sum_digest
 from polydelta.adapters_store.errors import AdapterError, StoreError
 from polydelta.adapters_store.reference import AdapterRef
-from polydelta.engine.kv_cache import BASE_NAMESPACE, KVCache
-from polydelta.engine.pool import PagePool
+from polydelta.engine.admission import Admission
+from polydelta.engine.kv_cache import KVCache
+from polydelta.engine.overload import Overload, QueueLimits
+from polydelta.engine.policies import Policy
+from polydelta.engine.pools import Pools
+from polydelta.engine.preemption import Preemption
+from polydelta.engine.prefetching import MAX_PREFETCHED, Prefetching
 from polydelta.engine.request import ErrorKind, RequestError
-from polydelta.engine.residency import AdapterPlace, Residency, ResidencyState
+from polydelta.engine.residency import AdapterPlace, Residency
 from polydelta.engine.sequence import SampledToken, Schedule, ScheduledSequence, Sequence
-
-# Adapters that are loaded ahead for the waiting at a time: each takes host RAM until its turn.
-MAX_PREFETCHED = 8
+from polydelta.engine.waiting import Flow, Key, WaitingQueue
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,12 @@ class SchedulerLimits:
     max_batch_size: int
     # The model's context window, virtual tokens of adapters included.
     max_positions: int
+    queue: QueueLimits = field(default_factory=QueueLimits)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A sequence that can never run, and why."""
+    """A sequence that will not run any more, and why."""
 
     sequence: Sequence
     error: RequestError
@@ -55,14 +56,27 @@ class Scheduler:
     """Owns the waiting and the running; pages and adapters are its managers'."""
 
     def __init__(
-        self, limits: SchedulerLimits, pool: PagePool, kv: KVCache, residency: Residency[Any, Any]
+        self,
+        limits: SchedulerLimits,
+        policy: Policy,
+        pools: Pools,
+        kv: KVCache,
+        residency: Residency[Any, Any],
+        preemption: Preemption,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits = limits
-        self._pool = pool
+        self._policy = policy
+        self._pools = pools
         self._kv = kv
         self._residency = residency
-        self.waiting: deque[Sequence] = deque()
-        # In the order of admission: the last one is preempted first.
+        self.preemption = preemption
+        self._admission = Admission(pools, kv, residency, preemption, limits.max_positions)
+        self._overload = Overload(limits.queue, policy)
+        self._prefetching = Prefetching(residency)
+        self._clock = clock
+        self.waiting = WaitingQueue()
+        # In the order of admission.
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._failures: list[Failure] = []
@@ -78,29 +92,39 @@ class Scheduler:
         return self._limits.max_batch_size
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        """To those that wait, or to the failures where too many do."""
+        places = self._limits.max_batch_size - len(self.running)
+        refusal = self._overload.refusal(sequence, self.waiting, places)
+        if refusal is not None:
+            sequence.has_left = True
+            self._failures.append(Failure(sequence, refusal))
+            return
+        self.waiting.add(sequence)
+        self._policy.queued(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and gives its pages back."""
         sequence.has_left = True
         if sequence in self.running:
             self.running.remove(sequence)
-            self._release(sequence)
-        else:
-            self._leave_queue(sequence)
+            self._admission.release(sequence)
+        elif sequence in self.waiting:
+            self._give_up(sequence)
+        else:  # it was refused, and whoever takes the failures need not hear of it any more
+            self._failures = [one for one in self._failures if one.sequence is not sequence]
 
     def is_awaited(self, ref: AdapterRef) -> bool:
         """Whether a waiting sequence needs the adapter."""
-        return any(sequence.uses(ref) for sequence in self.waiting)
+        return self.waiting.needs(ref)
 
     def fail_waiting(self, ref: AdapterRef, error: AdapterError) -> None:
         """One failed load fails everybody who waited for it; later requests try again."""
+        kind = ErrorKind.SERVER if isinstance(error, StoreError) else ErrorKind.REQUEST
         for sequence in [s for s in self.waiting if s.uses(ref)]:
-            kind = ErrorKind.SERVER if isinstance(error, StoreError) else ErrorKind.REQUEST
             self._fail(sequence, RequestError(str(error), kind))
 
     def take_failures(self) -> list[Failure]:
-        """Sequences that left because they can never run."""
+        """Sequences that left because they can never run, or not in time."""
         failures, self._failures = self._failures, []
         return failures
 
@@ -115,19 +139,23 @@ class Scheduler:
                 break
             if sequence not in self.running or self._awaits_last(sequence):
                 continue  # preempted by one before it, or done with the step under way
-            count = min(sequence.num_uncomputed, budget)
-            budget += self._make_room(sequence, count, shares)
+            tokens = min(sequence.num_uncomputed, budget)
+            budget += self._make_room(sequence, tokens, shares)
             if sequence in self.running:
-                self._kv.grow(sequence, sequence.num_computed + count)
-                shares[sequence] = count
-                budget -= count
+                self._admission.grow(sequence, tokens)
+                shares[sequence] = tokens
+                budget -= tokens
+                if sequence.num_uncomputed == 1:
+                    self._policy.charge(sequence, 0, 1)
+        for sequence, error in self._overload.late(self.waiting, self._clock()):
+            self._fail(sequence, error)
         # Before the admission: what host RAM has is there at once, and enters in this step.
         self._look_ahead()
         # Room that was made by preemption is for those who run. Where nobody runs any more, the
         # waiting are looked at now: nothing would wake the loop to do it later.
         if not shares or self.num_preemptions == preemptions:
             self._admit_waiting(budget, shares)
-        return [ScheduledSequence(sequence, count) for sequence, count in shares.items()]
+        return [ScheduledSequence(sequence, tokens) for sequence, tokens in shares.items()]
 
     def advance(self, schedule: Schedule) -> None:
         """Takes note that a step was launched."""
@@ -143,10 +171,16 @@ class Scheduler:
             if sequence.has_left:
                 continue
             if token is not None:
+                if scheduled.is_prefill:
+                    self._overload.first_token(sequence, self._clock())
                 sequence.learn_token(token.token_id)
             # One that was preempted meanwhile has no pages.
             if sequence.block_table:
-                self._kv.publish(sequence, self._namespace(sequence))
+                self._admission.publish(sequence)
+
+    def seconds_to_deadline(self) -> float | None:
+        """After which one of those that wait is late, though nothing happens; None for never."""
+        return self._overload.seconds_to_deadline(self.waiting, self._clock())
 
     def must_know_tokens(self) -> bool:
         """Whether the next step can only be computed when all tokens are known: penalties count
@@ -167,7 +201,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises RuntimeError unless the pool's books balance."""
-        self._pool.check_integrity([*self._kv.used_pages(), *self._residency.used_pages()])
+        self._pools.check_integrity(self._kv.used_pages(), self._residency.used_pages())
 
     def _awaits_last(self, sequence: Sequence) -> bool:
         """Whether the token that is on its way will be the sequence's last."""
@@ -179,13 +213,12 @@ class Scheduler:
     def _decodes_first(self) -> list[Sequence]:
         return sorted(self.running, key=lambda sequence: sequence.num_uncomputed > 1)
 
-    def _make_room(self, sequence: Sequence, count: int, shares: dict[Sequence, int]) -> int:
-        """Preempts until the sequence's next `count` tokens have room, itself if it must. Returns
-        the budget that preempted sequences had been given in this step."""
+    def _make_room(self, sequence: Sequence, tokens: int, shares: dict[Sequence, int]) -> int:
+        """Preempts until the sequence's next tokens have room, itself if it must. Returns the
+        budget that preempted sequences had been given in this step."""
         freed = 0
-        needed = sequence.num_computed + count
-        while not self._pool.can_allocate(self._kv.pages_missing(sequence, needed)):
-            victim = self.running[-1]
+        while not self._admission.can_grow(sequence, tokens):
+            victim = self._policy.victim(self.running, self._share)
             freed += shares.pop(victim, 0)
             self._preempt(victim)
             if victim is sequence:
@@ -194,144 +227,100 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._release(sequence)
+        self._admission.preempt(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.waiting.add_first(sequence)
+        self._policy.queued(sequence)
 
     def _look_ahead(self) -> None:
-        """Starts loads for those who wait, first come first; those whose load has failed leave."""
+        """Starts loads for those who wait, in their order; those whose load has failed leave."""
+        if not self.waiting:
+            return
+        line = self._next_in_line()
         # One at a time: who leaves lets go of the other parts of its sum, failed or not.
-        while (unreadable := self._first_unreadable()) is not None:
+        while (unreadable := self._prefetching.unreadable(line)) is not None:
             self.fail_waiting(unreadable, self._residency.take_error(unreadable))
-        for ref in self._awaited():
-            # Whoever is first gets all that it needs: sums of which each has a part would wait for
-            # each other for ever.
-            first = self.waiting[0].uses(ref)
-            if first or self._residency.num_on_their_way() < MAX_PREFETCHED:
-                self._residency.prefetch(ref)
+            line = self._next_in_line()
+        self._prefetching.start(line)
 
-    def _first_unreadable(self) -> AdapterRef | None:
-        failed = ResidencyState.FAILED
-        return next((ref for ref in self._awaited() if self._residency.state(ref) is failed), None)
+    def _next_in_line(self) -> list[Sequence]:
+        """Of those who wait, the first of each flow, in their order."""
+        most = max(MAX_PREFETCHED, self._limits.max_batch_size)
+        return self.waiting.heads(most, self._keys())
 
-    def _awaited(self) -> list[AdapterRef]:
-        """Adapters of the first in the queue, in its order; each once."""
-        first = islice(self.waiting, self._limits.max_batch_size)
-        return list(dict.fromkeys(ref for sequence in first for ref in sequence.adapter_refs))
+    def _keys(self) -> Callable[[Flow], Key]:
+        return self._policy.keys(self.waiting.flows, self._is_resident)
+
+    def _is_resident(self, flow: Flow) -> bool:
+        return all(map(self._residency.is_resident, flow.refs))
 
     def _admit_waiting(self, budget: int, shares: dict[Sequence, int]) -> None:
-        skipped = 0
-        for sequence in list(self.waiting):
-            full = len(self.running) == self._limits.max_batch_size
-            if budget == 0 or full or skipped == self._limits.max_batch_size:
+        for sequence in self.waiting.in_turn(self._limits.max_batch_size, self._keys()):
+            if budget == 0:
                 break
             # One that was preempted waits for what a step under way has sampled for it.
-            ready = not sequence.num_unknown and self._adapters_ready(sequence)
-            if not ready or not self._can_ever_run(sequence):
-                skipped += sequence in self.waiting  # one that failed has left
+            if sequence.num_unknown or not self._admission.is_ready(sequence):
                 continue
-            prefix = self._kv.find_prefix(sequence, self._namespace(sequence))
-            if not self._can_admit(sequence, prefix):
+            if (problem := self._admission.problem(sequence)) is not None:
+                self._fail(sequence, RequestError(problem))
+                continue
+            prefix = self._admission.find_prefix(sequence)
+            victims = self._who_makes_way(sequence, prefix)
+            if victims is None:
                 break
-            self.waiting.remove(sequence)
-            count = self._admit(sequence, prefix, budget)
-            shares[sequence] = count
-            budget -= count
+            for victim in victims:
+                budget += shares.pop(victim, 0)
+                self._preempt(victim)
+            tokens = self._admit(sequence, prefix, budget)
+            shares[sequence] = tokens
+            budget -= tokens
 
-    def _adapters_ready(self, sequence: Sequence) -> bool:
-        """Whether all of the sequence's adapters can be had at once; it knows what they do then."""
-        ready = (ResidencyState.ON_HOST, ResidencyState.RESIDENT)
-        if any(self._residency.state(ref) not in ready for ref in sequence.adapter_refs):
-            return False
-        sequence.learn(map(self._residency.traits, sequence.adapter_refs))
-        return True
+    def _who_makes_way(self, sequence: Sequence, prefix: list[int]) -> list[Sequence] | None:
+        """Those that must be preempted so that the sequence can enter, mostly nobody; None where
+        it has to wait."""
+        victims: list[Sequence] = []
+        candidates = self._policy.in_the_way(sequence, self.running, self._share)
+        freed = 0
+        while len(self.running) - len(victims) >= self.max_batch_size or not (
+            self._admission.can_admit(sequence, prefix, freed)
+        ):
+            victim = next(candidates, None)
+            if victim is None:
+                return None
+            victims.append(victim)
+            freed += self._admission.pages_of_own(victim)
+        return victims
 
-    def _can_admit(self, sequence: Sequence, prefix: list[int]) -> bool:
-        """Whether its adapters and all its tokens so far fit beside what is in use."""
-        pages = self._kv.pages_for(sequence, sequence.num_tokens) - len(prefix)
-        pages += self._kv.idle_among(prefix)  # taken back into use, they are not evictable
-        pages += sum(map(self._residency.pages_to_acquire, sequence.adapter_refs))
-        return self._pool.can_allocate(pages)
+    def _share(self, sequence: Sequence) -> float:
+        """Of the places, or of the pool's pages, whichever is more."""
+        pages = len(sequence.block_table) / self._pools.kv.num_pages
+        return max(pages, 1 / self._limits.max_batch_size)
 
-    def _can_ever_run(self, sequence: Sequence) -> bool:
-        """False, and the sequence has failed, when even an empty pool is too small for it, or the
-        context window."""
-        problem = self._lack_of_pages(sequence) or self._lack_of_positions(sequence)
-        if problem is not None:
-            self._fail(sequence, RequestError(problem))
-        return problem is None
-
-    def _lack_of_pages(self, sequence: Sequence) -> str | None:
-        refs, prompt = sequence.adapter_refs, sequence.num_prompt_tokens
-        adapter_pages = sum(map(self._residency.pages_needed, refs))
-        window = self._limits.max_positions - sequence.num_prefix_tokens
-        longest = max(prompt + 1, min(prompt + sequence.request.sampling.max_tokens, window))
-        pages = self._kv.pages_for(sequence, longest) + adapter_pages
-        pinned = self._residency.num_pinned_pages(besides=refs)
-        if pages + pinned <= self._pool.num_pages:
-            return None
-        others = f", {pinned} of which pinned adapters hold" if pinned else ""
-        return (
-            f"The request needs {pages} pages of the pool ({adapter_pages} of them for its "
-            f"adapters), but the pool has {self._pool.num_pages}{others}: ask for fewer tokens, "
-            "or start the server with a larger pool."
-        )
-
-    def _lack_of_positions(self, sequence: Sequence) -> str | None:
-        virtual, prompt = sequence.num_prefix_tokens, sequence.num_prompt_tokens
-        limit = self._limits.max_positions
-        if virtual + prompt < limit:
-            return None
-        return (
-            f"The adapter puts {virtual} virtual tokens before the prompt's {prompt}, but the "
-            f"context window is {limit} tokens and an answer needs at least one of them: shorten "
-            "the prompt, or use an adapter with fewer virtual tokens."
-        )
+    def _admit(self, sequence: Sequence, prefix: list[int], budget: int) -> int:
+        """Cannot fail after `_who_makes_way`. Returns the tokens that it computes in this step."""
+        self.waiting.remove(sequence)
+        self._admission.admit(sequence, prefix)
+        self.running.append(sequence)
+        if sequence.admitted_at is None:
+            sequence.admitted_at = self._clock()
+            self._overload.admitted(sequence.admitted_at, others_wait=bool(self.waiting))
+            self._policy.charge(sequence, sequence.num_uncomputed, 0)
+        self._policy.left_queue(sequence)
+        tokens = min(sequence.num_uncomputed, budget)
+        self._admission.grow(sequence, tokens)
+        return tokens
 
     def _fail(self, sequence: Sequence, error: RequestError) -> None:
         sequence.has_left = True
-        self._leave_queue(sequence)
+        self._give_up(sequence)
         self._failures.append(Failure(sequence, error))
 
-    def _leave_queue(self, sequence: Sequence) -> None:
+    def _give_up(self, sequence: Sequence) -> None:
         """Out of the waiting; what was loaded for it goes if nobody else waits for it."""
         self.waiting.remove(sequence)
+        self._admission.forget(sequence)
+        self._policy.left_queue(sequence)
         for ref in sequence.adapter_refs:
             if not self.is_awaited(ref):
                 self._residency.drop_unused(ref)
-
-    def _admit(self, sequence: Sequence, prefix: list[int], budget: int) -> int:
-        """Cannot fail after `_can_admit`. Returns the tokens that it computes in this step."""
-        self._kv.admit(sequence, prefix)
-        # Idle ones first: room for the others must not be made of them.
-        refs = sorted(sequence.adapter_refs, key=lambda ref: not self._residency.is_resident(ref))
-        for ref in refs:
-            self._residency.acquire(ref)
-        self._lend_prefix(sequence)
-        self.running.append(sequence)
-        if sequence.admitted_at is None:
-            sequence.admitted_at = time.monotonic()
-        count = min(sequence.num_uncomputed, budget)
-        self._kv.grow(sequence, sequence.num_computed + count)
-        return count
-
-    def _lend_prefix(self, sequence: Sequence) -> None:
-        """Shows a sequence the ready-made KV before it, in the pages of its adapter."""
-        refs, full = sequence.adapter_refs, sequence.num_prefix_tokens // self._kv.block_size
-        pages = [page for ref in refs for page in self._residency.prefix_pages(ref)]
-        sequence.prefix_pages = pages[:full]
-        sequence.prefix_rest = pages[full] if full < len(pages) else None
-
-    def _release(self, sequence: Sequence) -> None:
-        self._kv.release(sequence)
-        sequence.prefix_pages, sequence.prefix_rest = [], None
-        for ref in sequence.adapter_refs:
-            self._residency.release(ref)
-
-    def _namespace(self, sequence: Sequence) -> str:
-        if not sequence.adapters:
-            return BASE_NAMESPACE
-        return sum_digest(
-            [(self._residency.digest(share.ref), share.weight) for share in sequence.adapters]
-        )

@@ -71,6 +71,14 @@ class Sequence:
         return self.request.adapters
 
     @property
+    def account(self) -> str:
+        """Whom it counts for where the queue is fair: its tenant, or its adapters of any version.
+        The bare base model's is ""; no adapter is called as a tenant's."""
+        if self.request.tenant:
+            return f"tenant {self.request.tenant}"
+        return "+".join(share.ref.id for share in self.request.adapters)
+
+    @property
     def adapter_refs(self) -> list[AdapterRef]:
         """Versions that must be in the pool while the sequence runs; each once."""
         return [share.ref for share in self.request.adapters]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Sequence as Seq
 from typing import Any
 
 from polydelta.adapters_store.load_times import LoadTimes
+from polydelta.engine.adapter_usage import AdapterCounts, AdapterUsage
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.kv_cache import KVCache
-from polydelta.engine.pool import PagePool
-from polydelta.engine.request import FinishReason
+from polydelta.engine.pools import Pools
+from polydelta.engine.request import ErrorKind, FinishReason, RequestError
 from polydelta.engine.request_stats import RequestStats
 from polydelta.engine.residency import Residency, ResidencyState
 from polydelta.engine.scheduler import Scheduler
@@ -20,6 +22,8 @@ from polydelta.engine.stats import EngineStats
 from polydelta.engine.step_stats import StepPhase, StepStats
 
 SERVED = (FinishReason.STOP, FinishReason.LENGTH)
+# Those that were not let in have not failed.
+REFUSALS = (ErrorKind.LATE, ErrorKind.QUEUE_FULL)
 LOADING = (ResidencyState.ON_DISK, ResidencyState.LOADING_TO_HOST)
 
 
@@ -28,13 +32,13 @@ class StatsRecorder:
 
     def __init__(
         self,
-        pool: PagePool,
+        pools: Pools,
         kv: KVCache,
         residency: Residency[Any, Any],
         costs: CostModel,
         load_times: LoadTimes,
     ) -> None:
-        self._pool = pool
+        self._pools = pools
         self._kv = kv
         self._residency = residency
         self._costs = costs
@@ -44,6 +48,8 @@ class StatsRecorder:
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self._cold_starts = 0
+        # All have names: an operator wrote them down.
+        self._tenants = AdapterUsage(most_named=sys.maxsize)
         self._finished: Counter[str] = Counter({reason.value: 0 for reason in FinishReason})
 
     def arrived(self, sequence: Sequence) -> None:
@@ -52,6 +58,10 @@ class StatsRecorder:
         self._cold_starts += is_cold
         for name in _names(sequence):
             counts = self._residency.usage.use(name)
+            counts.requests += 1
+            counts.hits += not is_cold
+        if tenant := sequence.request.tenant:
+            counts = self._tenants.use(tenant)
             counts.requests += 1
             counts.hits += not is_cold
 
@@ -73,13 +83,15 @@ class StatsRecorder:
     def phase(self, phase: StepPhase, seconds: float) -> None:
         self._steps.phase(phase, seconds)
 
-    def finished(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._finished[reason.value] += 1
+    def finished(
+        self, sequence: Sequence, reason: FinishReason, error: RequestError | None = None
+    ) -> None:
+        if error is None or error.kind not in REFUSALS:
+            self._finished[reason.value] += 1
         times = sequence.times
         if reason in SERVED:
             self._requests.served(times, sequence.request.sampling.max_tokens)
-        for name in _names(sequence):
-            counts = self._residency.usage.counts(name)
+        for counts in self._counts(sequence):
             counts.generation_tokens += times.num_output_tokens
             if times.first_token is not None:
                 counts.prompt_tokens += times.num_prompt_tokens
@@ -87,16 +99,17 @@ class StatsRecorder:
                 counts.queue_seconds += times.admitted - times.arrived
 
     def snapshot(self, scheduler: Scheduler) -> EngineStats:
-        residency, pool = self._residency, self._pool
+        preemption = scheduler.preemption
+        residency, pools = self._residency, self._pools
         idle = residency.num_idle_pages()
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             waiting_for_adapter=sum(map(self._waits_for_adapter, scheduler.waiting)),
-            pages_total=pool.num_pages,
-            pages_free=pool.num_free,
+            pages_total=pools.num_pages,
+            pages_free=pools.num_free,
             pages_kv=self._kv.num_used_pages,
-            pages_cached=pool.num_idle - idle,
+            pages_cached=pools.num_idle - idle,
             pages_adapters=len(residency.used_pages()),
             pages_adapters_idle=idle,
             block_size=self._kv.block_size,
@@ -106,6 +119,8 @@ class StatsRecorder:
             prefix_queries=self._kv.stats.queries,
             prefix_hits=self._kv.stats.hits,
             preemptions=scheduler.num_preemptions,
+            preemptions_by_mode=dict(preemption.counts),
+            host_kv_bytes=preemption.num_bytes,
             cold_starts=self._cold_starts,
             loads=self._load_times.totals(),
             load_failures=residency.num_load_failures,
@@ -113,6 +128,7 @@ class StatsRecorder:
             prefix_evictions_by_reason=dict(self._kv.stats.evictions),
             finished=dict(self._finished),
             usage=residency.usage.snapshot(),
+            tenants=self._tenants.snapshot(),
             resident=tuple(residency.resident()),
             running_adapters=_adapter_ids(scheduler.running),
             waiting_adapters=_adapter_ids(scheduler.waiting),
@@ -130,6 +146,13 @@ class StatsRecorder:
             self._requests.token(now - sequence.last_token_at)
             sequence.last_token_at = now
 
+    def _counts(self, sequence: Sequence) -> list[AdapterCounts]:
+        """Where to count what a sequence came to."""
+        counts = [self._residency.usage.counts(name) for name in _names(sequence)]
+        if tenant := sequence.request.tenant:
+            counts.append(self._tenants.counts(tenant))
+        return counts
+
     def _waits_for_adapter(self, sequence: Sequence) -> bool:
         return any(self._residency.state(ref) in LOADING for ref in sequence.adapter_refs)
 
@@ -139,5 +162,5 @@ def _names(sequence: Sequence) -> set[str]:
     return {ref.id for ref in sequence.adapter_refs} or {""}
 
 
-def _adapter_ids(sequences: Seq[Sequence]) -> tuple[str, ...]:
+def _adapter_ids(sequences: Iterable[Sequence]) -> tuple[str, ...]:
     return tuple(sorted({ref.id for s in sequences for ref in s.adapter_refs}))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,12 +23,14 @@ logger = logging.getLogger(__name__)
 TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
     409: "ConflictError",
     413: "PayloadTooLargeError",
     422: "UnprocessableEntityError",
+    429: "RateLimitError",
     500: "InternalServerError",
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
@@ -38,14 +41,28 @@ class ApiError(Exception):
     """A request that is answered with an error: its status, what to say, and the field at fault."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, reason: str | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        reason: str | None = None,
+        retry_after: float | None = None,
     ) -> None:
-        """reason: what it is counted as, where that is more than the status says."""
+        """reason: what it is counted as, where that is more than the status says.
+        retry_after: seconds after which the same request may be taken; None: nobody knows."""
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.reason = reason
+        self.retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Whole seconds, as HTTP has them: never too early, and never "at once"."""
+        if self.retry_after is None:
+            return {}
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
 
 
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
@@ -102,7 +119,7 @@ def explain(error: Mapping[str, Any]) -> tuple[str, str | None]:
 
 async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
     request.scope[REASON] = error.reason
-    return error_response(error.status, error.message, error.param)
+    return error_response(error.status, error.message, error.param, error.headers)
 
 
 async def on_invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:

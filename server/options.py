@@ -14,6 +14,7 @@ from polydelta.server.settings import ServerSettings
 MODEL = "Model and adapters"
 STORE = "Uploaded adapters"
 MEMORY = "Memory and batching"
+PRESSURE = "When there is too much to do"
 HTTP = "HTTP"
 
 
@@ -51,7 +52,7 @@ MaxUpload = Annotated[str | None, setting("max_upload", "--max-upload", STORE, "
 MaxAdapterRank = Annotated[int | None, setting("max_adapter_rank", "--max-adapter-rank", STORE)]
 AdapterRoot = Annotated[list[Path] | None, setting("adapter_root", "--adapter-root", STORE, "DIR")]
 
-Pool = Annotated[str | None, setting("pool", "--pool", MEMORY, "SIZE")]
+Pool = Annotated[str | None, setting("pool", "--pool", MEMORY, "SIZE|split:SHARE")]
 GpuMemoryUtilization = Annotated[
     float | None, setting("gpu_memory_utilization", "--gpu-memory-utilization", MODEL, "SHARE")
 ]
@@ -71,6 +72,17 @@ FuseAfter = Annotated[int | None, setting("fuse_after", "--fuse-after", MEMORY, 
 CheckIntegrity = Annotated[
     bool | None, setting("check_integrity", "--check-integrity/--no-check-integrity", MEMORY)
 ]
+
+SchedulingPolicy = Annotated[
+    str | None,
+    setting("scheduling_policy", "--scheduling-policy", PRESSURE, "fair|fcfs|priority"),
+]
+TtftSlo = Annotated[float | None, setting("ttft_slo", "--ttft-slo", PRESSURE, "SECONDS")]
+MaxWaiting = Annotated[int | None, setting("max_waiting", "--max-waiting", PRESSURE)]
+MaxWaitingTokens = Annotated[
+    int | None, setting("max_waiting_tokens", "--max-waiting-tokens", PRESSURE)
+]
+HostKvGib = Annotated[float | None, setting("host_kv_gib", "--host-kv-gib", PRESSURE, "GIB")]
 
 Host = Annotated[str | None, setting("host", "--host", HTTP)]
 Port = Annotated[int | None, setting("port", "--port", HTTP)]

@@ -15,6 +15,7 @@ from pydantic import AnyHttpUrl, ByteSize, Field, SecretStr, ValidationError, fi
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from polydelta.engine.config import EngineConfig
+from polydelta.server.pool_spec import PoolSetting
 
 ENV_PREFIX = "POLYDELTA_"
 
@@ -113,11 +114,11 @@ class ServerSettings(BaseSettings):
         description="Sequences that run at the same time. Without it, 64 on a CPU, 256 on a GPU.",
     )
     block_size: int = Field(16, gt=0, description="Tokens of KV cache in one page.")
-    pool: ByteSize | None = Field(
+    pool: Annotated[PoolSetting, NoDecode] | None = Field(
         None,
-        gt=0,
         description="Memory that KV cache and resident adapters share, such as 512MiB or 2GiB."
-        " Without it, 2GiB on a CPU, and on a GPU what --gpu-memory-utilization leaves.",
+        " Without it, 2GiB on a CPU, and on a GPU what --gpu-memory-utilization leaves."
+        " split:0.5, or 2GiB,split:0.5, keeps half of it for adapters alone: for comparison.",
     )
     gpu_memory_utilization: float = Field(
         0.9,
@@ -136,6 +137,36 @@ class ServerSettings(BaseSettings):
         ByteSize(2 << 30), gt=0, description="Host memory for adapters that are kept ready."
     )
     prefix_caching: bool = Field(True, description="Reuse the KV cache of shared prompt starts.")
+    scheduling_policy: Literal["fair", "fcfs", "priority"] = Field(
+        "fair",
+        description="Who of those that wait enters next: fair shares tokens between tenants, or"
+        " adapters where there are no tenants; fcfs goes by arrival; priority by the field"
+        " priority of requests, lower numbers first.",
+    )
+    ttft_slo: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds from a request to its first token. One that cannot keep them is"
+        " refused at once, with status 429. Without it, none is.",
+    )
+    max_waiting: int | None = Field(
+        None,
+        gt=0,
+        description="Requests that may wait for others; more are refused with status 503. Without"
+        " it, any number may.",
+    )
+    max_waiting_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens that the prompts of waiting requests may have together; more are"
+        " refused with status 503. Without it, any number.",
+    )
+    host_kv_gib: float = Field(
+        0.0,
+        ge=0,
+        description="Host memory in GiB for the KV cache of requests that are preempted, so that"
+        " it is copied back instead of computed again, where that is faster.",
+    )
     fuse_after: int | None = Field(
         None,
         ge=0,
@@ -212,7 +243,13 @@ class ServerSettings(BaseSettings):
             max_batch_tokens=self.max_batch_tokens,
             max_batch_size=self.max_batch_size,
             block_size=self.block_size,
-            pool_bytes=None if self.pool is None else int(self.pool),
+            pool_bytes=None if self.pool is None else self.pool.nbytes,
+            adapter_share=None if self.pool is None else self.pool.adapter_share,
+            scheduling_policy=self.scheduling_policy,
+            ttft_slo=self.ttft_slo,
+            max_waiting=self.max_waiting,
+            max_waiting_tokens=self.max_waiting_tokens,
+            host_kv_bytes=round(self.host_kv_gib * 2**30),
             gpu_memory_utilization=self.gpu_memory_utilization,
             adapter_bits=self.adapter_bits,
             host_adapter_bytes=int(self.host_adapter_ram),

@@ -23,7 +23,7 @@ from opentelemetry.util.types import AttributeValue
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from polydelta.server.openai.generation import CLIENT_GONE
+from polydelta.server.openai.generation import CLIENT_GONE, TURNED_AWAY
 from polydelta.server.tracing import SCOPE_KEY
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class RequestTrace:
         """Adds the choice's phases: each ends where the next begins, or, if it never did, now."""
         if last.finish_reason is not None:
             self._finish_reasons[index] = last.finish_reason.value
-        if last.error is not None:
+        if last.error is not None and last.error.kind not in TURNED_AWAY:
             self._failure = "engine_error", last.error.message
         times = last.times
         if times is None:

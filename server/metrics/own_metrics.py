@@ -29,6 +29,8 @@ PER_ADAPTER = {
     "swap_in_seconds": ("swap_in_seconds", "What these took, in seconds"),
     "swap_outs": ("swap_outs", "How often the pool let go of it"),
 }
+# Of these, what a tenant has as well.
+PER_TENANT = ("requests", "prompt_tokens", "generation_tokens", "queue_seconds")
 
 
 class OwnMetrics:
@@ -44,7 +46,9 @@ class OwnMetrics:
         yield self._make.gauge("ready", "1 while new requests are taken.", ready)
         yield from self._pool(stats, pool_bytes)
         yield from self._loads(stats)
+        yield from self._preemptions(stats)
         yield from self._adapters(stats)
+        yield from self._tenants(stats)
         yield from self._steps(stats)
 
     def _pool(self, stats: EngineStats, pool_bytes: int) -> Iterable[Metric]:
@@ -91,6 +95,14 @@ class OwnMetrics:
         text = "Waiting requests whose adapter is still being loaded."
         yield make.gauge("requests_waiting_for_adapter", text, stats.waiting_for_adapter)
 
+    def _preemptions(self, stats: EngineStats) -> Iterable[Metric]:
+        make = self._make
+        modes = {str(mode): count for mode, count in stats.preemptions_by_mode.items()}
+        text = "Requests stopped to make room, by how they get their KV back."
+        yield make.counters("preemptions", text, ("mode",), by_one(modes))
+        text = "KV of preempted requests in host RAM, in bytes."
+        yield make.gauge("host_kv_bytes", text, stats.host_kv_bytes)
+
     def _adapters(self, stats: EngineStats) -> Iterable[Metric]:
         rows = self._counts(stats)
         for field, (name, text) in PER_ADAPTER.items():
@@ -116,6 +128,18 @@ class OwnMetrics:
         yield self._make.gauges(
             "adapter_pages", "Pages that it holds there.", labels, pages.items()
         )
+
+    def _tenants(self, stats: EngineStats) -> Iterable[Metric]:
+        for field in PER_TENANT:
+            name, text = PER_ADAPTER[field]
+            yield self._make.counters(
+                f"tenant_{name}",
+                f"{text}; by tenant.",
+                ("tenant",),
+                by_one(
+                    {tenant: getattr(one, field) for tenant, one in stats.tenants.named.items()}
+                ),
+            )
 
     def _counts(self, stats: EngineStats) -> Mapping[str, AdapterCounts]:
         """By the label that stands for each."""

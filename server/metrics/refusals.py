@@ -13,17 +13,32 @@ REASON = "polydelta.refusal"
 REASONS = {
     400: "bad_request",
     401: "unauthorized",
+    403: "forbidden",
     404: "not_found",
     405: "not_found",
     408: "timeout",
     409: "conflict",
     413: "too_large",
     422: "bad_request",
+    429: "overload",
     499: "client_left",
     503: "unavailable",
 }
-# Those that another try, later, may not meet.
-REJECTIONS = (503,)
+# Reasons of their own, which whoever refuses leaves in REASON.
+LATE = "late"
+QUEUE_FULL = "queue_full"
+TENANT_RATE = "tenant_rate"
+TENANT_CONCURRENCY = "tenant_concurrency"
+# Refusals that another try, later, may not meet.
+REJECTIONS = (
+    (429, REASONS[429]),
+    (429, LATE),
+    (429, TENANT_RATE),
+    (429, TENANT_CONCURRENCY),
+    (503, REASONS[503]),
+    (503, QUEUE_FULL),
+)
+REJECTED = frozenset(status for status, _ in REJECTIONS)
 
 
 class Refusals:
@@ -39,21 +54,21 @@ class Refusals:
         )
         self._rejections = Counter(
             "vllm:admission_rejections",
-            "Requests answered with 503: they may be sent again, later or elsewhere.",
+            "Requests answered with 429 or 503: they may be sent again, later or elsewhere.",
             ["model_name", "engine", "reason"],
             registry=registry,
         )
         # A series that begins with its first refusal would hide it from whoever looks at rates.
-        for status in REJECTIONS:
-            self._rejections.labels(model_name, "0", REASONS[status])
-        for status, reason in REASONS.items():
+        for _, reason in REJECTIONS:
+            self._rejections.labels(model_name, "0", reason)
+        for status, reason in (*REASONS.items(), *REJECTIONS):
             self._refusals.labels(model_name, str(status), reason)
 
     def count(self, status: int, reason: str | None = None) -> None:
         """reason: where there is a better one than the status gives."""
         why = reason or REASONS.get(status, "bad_request" if status < 500 else "internal")
         self._refusals.labels(self._model_name, str(status), why).inc()
-        if status in REJECTIONS:
+        if status in REJECTED:
             self._rejections.labels(self._model_name, "0", why).inc()
 
 

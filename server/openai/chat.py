@@ -43,7 +43,7 @@ def chat_router(service: Service) -> APIRouter:
         """Answer a conversation, as the base model or as an adapter."""
         reply, generation = await _prepare(service, body, trace_of(request))
         if body.stream:
-            return EventStream(generation, reply, reply.options)
+            return EventStream(generation, reply, reply.options, service.metrics.refusals)
         with generation:
             choices = await unless_client_leaves(
                 request, collect(generation, len(generation), reply.usage)
@@ -75,10 +75,18 @@ async def _prepare(
         trace.served_by(lease, reply.usage)
     service.metrics.asked(body.n, prompts=1)
     requests = [
-        GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares, arrived=arrived)
+        GenerationRequest(
+            f"{reply.id}-{index}",
+            prompt,
+            choice,
+            lease.shares,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+            arrived=arrived,
+        )
         for index, choice in enumerate(for_choices(sampling, body.n))
     ]
-    return reply, Generation(engine, requests, service.metrics, lease, body.stream, trace)
+    return reply, Generation(engine, requests, lease, body.stream, trace)
 
 
 class ChatReply:

@@ -47,7 +47,7 @@ def completions_router(service: Service) -> APIRouter:
         """Continue one prompt or many, with the base model or an adapter."""
         reply, generation = await _prepare(service, body, trace_of(request))
         if body.stream:
-            return EventStream(generation, reply, reply.options)
+            return EventStream(generation, reply, reply.options, service.metrics.refusals)
         with generation:
             choices = await unless_client_leaves(
                 request, collect(generation, len(generation), reply.usage)
@@ -83,10 +83,18 @@ async def _prepare(
         trace.served_by(lease, reply.usage)
     service.metrics.asked(body.n, prompts=len(prompts))
     requests = [
-        GenerationRequest(f"{reply.id}-{index}", prompt, choice, lease.shares, arrived=arrived)
+        GenerationRequest(
+            f"{reply.id}-{index}",
+            prompt,
+            choice,
+            lease.shares,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+            arrived=arrived,
+        )
         for index, (prompt, choice) in enumerate(choices)
     ]
-    return reply, Generation(engine, requests, service.metrics, lease, body.stream, trace)
+    return reply, Generation(engine, requests, lease, body.stream, trace)
 
 
 class CompletionReply:

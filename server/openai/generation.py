@@ -28,7 +28,7 @@ from polydelta.engine.request import (
     RequestOutput,
 )
 from polydelta.server.errors import ApiError
-from polydelta.server.metrics import Metrics
+from polydelta.server.metrics.refusals import LATE, QUEUE_FULL
 
 if TYPE_CHECKING:  # these import torch, which the routes do not need, and OpenTelemetry, an extra
     from polydelta.engine.engine import Engine
@@ -43,6 +43,11 @@ CLIENT_GONE = 499
 MOST_WAITING = 256
 # What a refusal is counted as when the engine could not serve an adapter.
 ADAPTER_FAILED = "adapter_failed"
+# What somebody else's request would have met as well, whatever it asked for: status, and what it
+# is counted as.
+TURNED_AWAY = {ErrorKind.LATE: (429, LATE), ErrorKind.QUEUE_FULL: (503, QUEUE_FULL)}
+# When such a one may come back if the engine does not know, in seconds.
+RETRY_AFTER = 1.0
 
 
 class Generation:
@@ -56,7 +61,6 @@ class Generation:
         self,
         engine: Engine,
         requests: Sequence[GenerationRequest],
-        metrics: Metrics,
         lease: Lease,
         streamed: bool,
         trace: RequestTrace | None = None,
@@ -65,7 +69,6 @@ class Generation:
         trace: is told how each choice ended."""
         self._engine = engine
         self._requests = requests
-        self._metrics = metrics
         self._lease = lease
         self._streamed = streamed
         self._trace = trace
@@ -127,8 +130,6 @@ class Generation:
             elif self._failed is None:
                 outputs.append((index, output))
         if self._failed is not None and not outputs:
-            if self._streamed:  # with a status of success, that is
-                self._metrics.refusals.count(self._failed.status, self._failed.reason)
             raise self._failed
         return outputs
 
@@ -155,16 +156,17 @@ class Generation:
 
     def _failure(self, index: int, output: RequestOutput) -> ApiError:
         error = output.error or RequestError("The engine gave no reason.", ErrorKind.SERVER)
-        reason = error.message
         if not self._engine.alive:
-            return ApiError(503, reason)
-        # A living engine fails a request only for what the request asks of it.
+            return ApiError(503, error.message)
+        if error.kind in TURNED_AWAY:
+            status, reason = TURNED_AWAY[error.kind]
+            wait = RETRY_AFTER if error.retry_after is None else error.retry_after
+            return ApiError(status, error.message, reason=reason, retry_after=wait)
+        status = 503 if error.kind is ErrorKind.SERVER else 400
         if not self._requests[index].adapters:
-            return ApiError(400, reason)
-        message = f"model: {self._lease.name!r} cannot be served: {reason}"
-        if error.kind is ErrorKind.SERVER:
-            return ApiError(503, message, reason=ADAPTER_FAILED)
-        return ApiError(400, message, "model", reason=ADAPTER_FAILED)
+            return ApiError(status, error.message)
+        message = f"model: {self._lease.name!r} cannot be served: {error.message}"
+        return ApiError(status, message, "model" if status < 500 else None, reason=ADAPTER_FAILED)
 
 
 def _put_together(arrived: Sequence[tuple[int, RequestOutput]]) -> list[tuple[int, RequestOutput]]:

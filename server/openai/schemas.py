@@ -27,6 +27,7 @@ MAX_PROMPTS = 1024
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 SEED_LIMIT = 2**63 - 1
+PRIORITY_LIMIT = 2**31 - 1
 
 # Fields of OpenAI's that change nothing here: labels, billing, storage and routing.
 IGNORED = frozenset(
@@ -163,6 +164,12 @@ class GenerationFields(Body):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+
+    # Who waits goes in this order, lower first, where the server's policy is to ask for it.
+    priority: int = Field(0, ge=-PRIORITY_LIMIT - 1, le=PRIORITY_LIMIT)
+    # Cached prefixes are shared between requests of the same salt only; without one, with all
+    # that have none.
+    cache_salt: Annotated[str, AfterValidator(_whole_characters)] = Field("", min_length=1)
 
     @property
     def weighted_adapters(self) -> list[tuple[str, float]]:

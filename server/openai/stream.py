@@ -7,13 +7,15 @@ import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Protocol
 
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from polydelta.engine.request import RequestOutput
 from polydelta.server.errors import ApiError, error_body
-from polydelta.server.openai.generation import Generation
+from polydelta.server.metrics import Refusals
+from polydelta.server.openai.generation import Generation, unless_client_leaves
 from polydelta.server.openai.responses import Usage
 from polydelta.server.openai.schemas import StreamOptions
 from polydelta.server.openai.usage import UsageCount
@@ -27,6 +29,9 @@ HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 # Stands for the text while a chunk is cut; no other field can be it.
 _TEXT = "\0"
+
+# Each with its choice.
+Outputs = Sequence[tuple[int, RequestOutput]]
 
 
 class Reply(Protocol):
@@ -48,32 +53,47 @@ class Reply(Protocol):
 class EventStream(StreamingResponse):
     """Sends the chunks of a reply, as many at a time as have come. The generation runs as long as
     the response does: whatever ends it (the last chunk, a client that hangs up, a server that
-    stops) aborts what is left."""
+    stops) aborts what is left.
 
-    def __init__(self, generation: Generation, reply: Reply, options: StreamOptions) -> None:
+    The headers go out with the first output: what is refused before has the status that says so,
+    and only what fails later is an event in a success.
+    """
+
+    def __init__(
+        self, generation: Generation, reply: Reply, options: StreamOptions, refusals: Refusals
+    ) -> None:
         super().__init__(self._events(), media_type="text/event-stream", headers=HEADERS)
         self._generation = generation
         self._reply = reply
         self._writer = ChunkWriter(reply, options)
+        self._refusals = refusals
+        self._first: Outputs = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises ApiError when there is no first output."""
         with self._generation:
+            request = Request(scope, receive)
+            self._first = await unless_client_leaves(request, self._generation.take())
             await super().__call__(scope, receive, send)
 
     async def _events(self) -> AsyncIterator[bytes]:
         try:
             if opening := self._reply.opening():
                 yield _events(map(_to_json, opening))
-            while outputs := await self._generation.take():
+            outputs = self._first
+            while outputs:
                 if written := self._writer.write(outputs):
                     yield _events(written)
+                outputs = await self._generation.take()
             if closing := self._reply.closing():
                 yield _events(map(_to_json, closing))
         except ApiError as error:
+            self._refusals.count(error.status, error.reason)
             yield _events([json.dumps(error_body(error.status, error.message, error.param))])
         except Exception:
             # The status line is long gone; the client must not take the stream for complete.
             logger.exception("A stream failed")
+            self._refusals.count(500)
             yield _events([json.dumps(error_body(500, "The server failed; its log says why."))])
         yield _events(["[DONE]"])
 
@@ -91,7 +111,7 @@ class ChunkWriter:
         # Choice -> what stands before its text, and what after it.
         self._pieces: dict[int, tuple[str, str]] = {}
 
-    def write(self, outputs: Sequence[tuple[int, RequestOutput]]) -> list[str]:
+    def write(self, outputs: Outputs) -> list[str]:
         written = []
         for index, output in outputs:
             self._reply.usage.add(index, output)

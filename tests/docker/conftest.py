@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.engine.models.checkpoint import Checkpoint
+from polydelta.engine.request import GenerationRequest, SamplingParams
 from polydelta.server.app import create_app
 from polydelta.server.settings import ServerSettings
 from polydelta.server.stores import disk_tier, make_publisher, open_store
@@ -34,7 +35,7 @@ SYNTHETIC: Mapping[str, Labels] = {
     "ALERTS": {**dict.fromkeys(("alertname", "alertstate", "severity"), ANY), **TARGET},
 }
 # Values of these come from clients and machines: no test has seen them all.
-OPEN = {"adapter", "le", "model_name", "status", "version"}
+OPEN = {"adapter", "le", "model_name", "status", "tenant", "version"}
 # Operators whose result is elements of the left side.
 SETS = {"and", "unless"}
 COMPARISONS = {"==", "!=", ">", "<", ">=", "<="}
@@ -156,6 +157,7 @@ def live_metrics(
     tiny_checkpoint: Checkpoint,
     tiny_layout: BaseLayout,
     serve: Callable[..., Any],
+    run: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Mapping[str, Labels]:
     """Sample name -> labels, of a server that has answered, refused and stopped."""
@@ -168,6 +170,7 @@ def live_metrics(
         for model, status in (("tiny", 200), ("dates", 200), ("nobody", 404)):
             body = {"model": model, "prompt": "Hi", "max_tokens": 3}
             assert client.post("/v1/completions", json=body).status_code == status
+        run(engine, [GenerationRequest("1", (1, 2), SamplingParams(), tenant="acme")])
         engine.shutdown()
         body["model"] = "tiny"
         assert client.post("/v1/completions", json=body).status_code == 503

@@ -21,6 +21,9 @@ PROMPT = "Swap the adapter in the middle of a sentence that is long enough to be
 KEY = "secret-key"
 # A stream long enough to be in flight while a version is uploaded.
 LONG = {"max_tokens": 300, "n": 4}
+# Some 8 MB as a stream: more than the buffers between a server and a client who reads nothing hold
+# (4 MiB on Linux, if nobody has changed that), so that it cannot end before it is read.
+ENDLESS = {"max_tokens": 300, "n": 32, "logprobs": 20}
 PAGES = "polydelta_pool_pages"
 
 
@@ -65,9 +68,13 @@ class Api:
 class Stream:
     """A streamed request of its own thread."""
 
-    def __init__(self, api: Api, model: str, **fields: Any) -> None:
+    def __init__(self, api: Api, model: str, read_on: bool = True, **fields: Any) -> None:
+        """read_on: whether what comes after the first chunk is read before it is asked for."""
         self._api = api
         self._begun = threading.Event()
+        self._read_on = threading.Event()
+        if read_on:
+            self._read_on.set()
         self._texts: dict[int, str] = {}
         self._reasons: list[str | None] = []
         self._thread = threading.Thread(target=self._read, args=(model, LONG | fields))
@@ -75,6 +82,7 @@ class Stream:
         assert self._begun.wait(60)
 
     def result(self) -> str:
+        self._read_on.set()
         self._thread.join(60)
         assert set(self._reasons) == {"length"}, self._reasons
         return "".join(self._texts[index] for index in sorted(self._texts))
@@ -86,6 +94,7 @@ class Stream:
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
                     self._take(json.loads(line.removeprefix("data: ")))
+                    self._read_on.wait(60)
         self._begun.set()
 
     def _take(self, chunk: dict[str, Any]) -> None:
@@ -241,7 +250,7 @@ def test_a_version_in_use_is_not_deleted_or_when_it_is_done(api, contents, alone
     before = pages()
     record = api.put("bot", folder)
     path = f"/v1/adapters/{record['name']}"
-    stream = Stream(api, "bot")
+    stream = Stream(api, "bot", read_on=False, **ENDLESS)
     refused = api.call("DELETE", path)
     assert refused.status_code == 409, refused.text
     assert "in use" in refused.json()["error"]["message"]
@@ -251,7 +260,7 @@ def test_a_version_in_use_is_not_deleted_or_when_it_is_done(api, contents, alone
     assert deferred["state"] == "deleting"
     assert api.complete("bot").status_code == 404
     assert record["id"] in resident()
-    assert stream.result() == alone(folder, **LONG)
+    assert stream.result() == alone(folder, **ENDLESS)
 
     until(lambda: api.call("GET", path).status_code == 404)
     until(lambda: not (store / "content" / record["sha256"]).exists())

@@ -23,8 +23,11 @@ from polydelta.engine.host_adapter import HostAdapter
 from polydelta.engine.kv_cache import KVCache
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.models.tokenizer import Tokenizer
-from polydelta.engine.pool import PagePool
-from polydelta.engine.request import FinishReason, GenerationRequest, SamplingParams
+from polydelta.engine.overload import QueueLimits
+from polydelta.engine.policies import POLICIES
+from polydelta.engine.pools import Pools
+from polydelta.engine.preemption import Preemption
+from polydelta.engine.request import FinishReason, GenerationRequest, RequestError, SamplingParams
 from polydelta.engine.residency import Residency
 from polydelta.engine.scheduler import Scheduler, SchedulerLimits
 from polydelta.engine.sequence import (
@@ -39,6 +42,7 @@ from polydelta.engine.stats_recorder import StatsRecorder
 PAGE_BYTES = 100
 VOCABULARY = 50
 ORDINARY = AdapterTraits()
+NO_LIMITS = QueueLimits()
 
 
 @dataclass(frozen=True)
@@ -133,18 +137,25 @@ class World:
         traits: Mapping[str, AdapterTraits] | None = None,
         max_positions: int = 10_000,
         lag: int = 0,
+        policy: str = "fcfs",
+        adapter_share: float | None = None,
+        queue: QueueLimits = NO_LIMITS,
     ) -> None:
         """adapters: weights of each, in pages. lag: steps that are under way when the next one is
         scheduled."""
         self.block_size = block_size
-        self.limits = SchedulerLimits(max_batch_tokens, max_batch_size, max_positions)
-        self.pool = PagePool(num_pages)
+        self.limits = SchedulerLimits(max_batch_tokens, max_batch_size, max_positions, queue)
+        self.pools = Pools.of(num_pages, adapter_share)
+        # Of KV, and unless it was split, of adapters.
+        self.pool = self.pools.kv
+        # What the scheduler takes for the time; a test may move it.
+        self.now = 0.0
         self.host = FakeHost(adapters or {}, digests or {}, traits or {})
         costs = CostModel()
         self.kv = KVCache(self.pool, block_size, costs, prefix_caching)
         self.num_wakes = 0
         self.residency = Residency(
-            self.pool,
+            self.pools.adapters,
             PAGE_BYTES,
             block_size,
             self.host,
@@ -153,13 +164,22 @@ class World:
             self._wake,
             AdapterUsage(most_named=10),
         )
-        self.scheduler = Scheduler(self.limits, self.pool, self.kv, self.residency)
-        self.control = AdapterControl(self.pool, self.kv, self.residency, self.scheduler)
-        self.recorder = StatsRecorder(self.pool, self.kv, self.residency, costs, LoadTimes())
+        self.scheduler = Scheduler(
+            self.limits,
+            POLICIES[policy](),
+            self.pools,
+            self.kv,
+            self.residency,
+            Preemption(),
+            lambda: self.now,
+        )
+        self.control = AdapterControl(self.pools, self.kv, self.residency, self.scheduler)
+        self.recorder = StatsRecorder(self.pools, self.kv, self.residency, costs, LoadTimes())
         self.orders: list[Future[None]] = []
         self.submitted: list[Sequence] = []
         self.finished: list[Sequence] = []
         self.failed: dict[Sequence, str] = {}
+        self.errors: dict[Sequence, RequestError] = {}
         self.lag = lag
         self.under_way: deque[tuple[Schedule, list[SampledToken | None]]] = deque()
         # All tokens of each sequence, those that the scheduler does not know yet as well.
@@ -174,7 +194,14 @@ class World:
         return [*self.scheduler.running, *self.scheduler.waiting]
 
     def submit(
-        self, prompt: Iterable[int], adapter: str | None = None, max_tokens: int = 1
+        self,
+        prompt: Iterable[int],
+        adapter: str | None = None,
+        max_tokens: int = 1,
+        tenant: str = "",
+        weight: float = 1.0,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> Sequence:
         """adapter: an id, or several with a + between them."""
         names = adapter.split("+") if adapter else []
@@ -183,6 +210,12 @@ class World:
             tuple(prompt),
             SamplingParams(max_tokens),
             combine(Share(make_ref(name)) for name in names),
+            tenant=tenant,
+            weight=weight,
+            priority=priority,
+            cache_salt=cache_salt,
+            # In the order of submission, however fast they come.
+            arrived=self.now + len(self.submitted) * 1e-9,
         )
         sequence = Sequence(request, lambda output: None)
         self.submitted.append(sequence)
@@ -218,6 +251,7 @@ class World:
         self.control.advance()
         schedule = self.scheduler.schedule()
         failures = self.scheduler.take_failures()
+        self.errors |= {f.sequence: f.error for f in failures}
         self.failed |= {f.sequence: f.error.message for f in failures}
         rests = not schedule and not failures and not self.under_way
         self._check_schedule(schedule, rests)
@@ -333,7 +367,8 @@ class World:
             # The engine sleeps now, and only a load that ends can wake it.
             loading = {ref for ref, _ in self.host.pending}
             needed = {ref for s in self.live for ref in s.adapter_refs}
-            assert needed & loading, "would sleep for ever"
+            deadline = self.scheduler.seconds_to_deadline()
+            assert needed & loading or deadline is not None, "would sleep for ever"
 
     def _places(self, sequence: Sequence) -> int:
         """Room for tokens in a sequence's own pages, beside its adapter's last virtual ones."""

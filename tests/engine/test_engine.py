@@ -165,7 +165,7 @@ def test_an_adapter_that_changes_under_its_name_gives_new_answers(
         other = run(engine, [request("3", adapter=catalog.resolve("other"))])["3"]
     assert new.outputs[0].cached_tokens == 0
     assert new.token_ids == other.token_ids != old.token_ids
-    assert other.outputs[0].cached_tokens == 48, "equal content shares its prefix cache"
+    assert other.outputs[0].cached_tokens == 0, "who may use the one may not know of the other"
 
 
 def test_logprobs_come_with_each_token(

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 from polydelta.adapters_store.errors import InUseError
 from polydelta.adapters_store.traits import AdapterTraits
 from polydelta.engine.eviction import EvictionReason
+from polydelta.engine.prefetching import MAX_PREFETCHED
 from polydelta.engine.residency import ResidencyState
 from polydelta.engine.sequence import Schedule, Sequence
 
@@ -273,10 +274,11 @@ def test_a_sequence_behind_ones_that_fail_runs_without_anybody_waking_the_loop(
 ) -> None:
     """Its adapter is not looked at before they have left, so that no load would wake the loop."""
     w = world(max_batch_size=1, num_pages=4, adapters={"a": 1})
-    too_large = w.submit(range(40))
+    # Of different priorities, they stand for as many queues as are looked at.
+    too_large = [w.submit(range(40), priority=number) for number in range(MAX_PREFETCHED)]
     behind = w.submit([1], "a")
     assert w.step() == []
-    assert list(w.failed) == [too_large]
+    assert list(w.failed) == too_large
     assert w.host.pending == []
     w.drain()
     assert w.finished == [behind]
@@ -445,12 +447,14 @@ def test_prefix_blocks_are_never_given_to_another_adapter_or_the_base(world: Wor
     assert [s.num_cached for s in w.submitted] == [0, 0, 0, 8, 8, 8]
 
 
-def test_adapters_of_one_digest_share_their_prefix_blocks(world: Worlds) -> None:
+def test_adapters_of_one_digest_share_no_prefix_blocks_as_not_everybody_may_use_both(
+    world: Worlds,
+) -> None:
     w = world(adapters={"a": 1, "copy of a": 1}, digests={"a": "d", "copy of a": "d"})
     for name in ("a", "copy of a"):
         w.submit(range(9), name)
         w.drain()
-    assert [s.num_cached for s in w.submitted] == [0, 8]
+    assert [s.num_cached for s in w.submitted] == [0, 0]
 
 
 def test_a_prefix_outlives_the_adapter_that_made_it(world: Worlds) -> None:
@@ -487,6 +491,8 @@ class SchedulerHistory(RuleBasedStateMachine):
         virtual=st.integers(1, 9),
         max_positions=st.integers(12, 40),
         lag=st.integers(0, 1),
+        policy=st.sampled_from(["fair", "fcfs", "priority"]),
+        adapter_share=st.sampled_from([None, None, 0.5]),
     )
     def start(self, sizes: list[int], small_sizes: list[int], virtual: int, **limits: Any) -> None:
         adapters = dict(zip(("a", "b", "c", "copy of a"), sizes, strict=True))
@@ -516,9 +522,23 @@ class SchedulerHistory(RuleBasedStateMachine):
         shared=st.integers(0, 12),
         own=st.lists(st.integers(0, 2), min_size=1, max_size=9),
         max_tokens=st.integers(1, 9),
+        tenant=st.sampled_from(["", "x", "y"]),
+        priority=st.sampled_from([0, 0, -2, 5]),
+        cache_salt=st.sampled_from(["", "", "salt"]),
     )
-    def submit(self, adapter: str | None, shared: int, own: list[int], max_tokens: int) -> None:
-        self.w.submit([*range(10, 10 + shared), *own], adapter, max_tokens)
+    def submit(
+        self,
+        adapter: str | None,
+        shared: int,
+        own: list[int],
+        max_tokens: int,
+        tenant: str,
+        priority: int,
+        cache_salt: str,
+    ) -> None:
+        weight = {"": 1.0, "x": 0.5, "y": 3.0}[tenant]
+        prompt = [*range(10, 10 + shared), *own]
+        self.w.submit(prompt, adapter, max_tokens, tenant, weight, priority, cache_salt)
 
     @rule(times=st.integers(1, 6))
     def step(self, times: int) -> None:
@@ -592,17 +612,18 @@ class SchedulerHistory(RuleBasedStateMachine):
         assert set(ends) == set(self.w.submitted)
         assert self.w.kv.used_pages() == []
         assert self.w.residency.used_pages() == []
-        assert self.w.pool.num_available == self.w.pool.num_pages
+        for pool in (self.w.pools.kv, self.w.pools.adapters):
+            assert pool.num_available == pool.num_pages
 
     def _is_too_large(self, sequence: Sequence) -> bool:
         virtual, size = self.w.num_virtual(sequence), self.w.block_size
         pages = sum(self.w.host.sizes[ref.id] for ref in sequence.adapter_refs)
         pages = max(pages + -(-virtual // size), len(sequence.adapter_refs))
         tokens = sequence.num_prompt_tokens + sequence.request.sampling.max_tokens
-        pages += -(-(virtual % size + tokens) // size)
+        own_pages = -(-(virtual % size + tokens) // size)
         # What was pinned when it was refused is not known any more; it was half at most.
-        pinned = self.w.pool.num_pages // 2
-        return pages + pinned > self.w.pool.num_pages
+        pinned = self.w.pools.adapters.num_pages // 2
+        return not self.w.pools.fit(own_pages, pages + pinned)
 
 
 def test_random_histories_keep_every_promise_and_nobody_starves(world: Worlds) -> None:

@@ -22,6 +22,7 @@ from polydelta.adapters_store.store import AdapterStore, StoreConfig
 from polydelta.engine.models import checkpoint
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.request import (
+    ErrorKind,
     FinishReason,
     GenerationRequest,
     OutputHandler,
@@ -80,6 +81,8 @@ class FakeEngine:
         self.answer: Callable[[GenerationRequest], str] = lambda _: "Hello"
         # Ends every request with this error, after this many tokens.
         self.error: str | None = None
+        self.error_kind = ErrorKind.REQUEST
+        self.retry_after: float | None = None
         self.error_after = 0
         self.cached_tokens = 0
         # Never finish; tokens keep coming until the request is aborted.
@@ -118,7 +121,7 @@ class FakeEngine:
                     "",
                     (),
                     finish_reason=FinishReason.ERROR,
-                    error=RequestError(self.error),
+                    error=RequestError(self.error, self.error_kind, self.retry_after),
                 )
             )
             return

@@ -40,6 +40,7 @@ def test_half_a_surrogate_pair_is_400(client):
         '{"model": "fake-base", "prompt": "a\\ud800"}',
         '{"model": "\\ud800", "prompt": "a"}',
         '{"model": "fake-base", "prompt": "a", "stop": "\\ud800"}',
+        '{"model": "fake-base", "prompt": "a", "cache_salt": "\\ud800"}',
         '{"model": "fake-base", "prompt": "a", "\\ud800": 1}',
     ):
         answer = client.post("/v1/completions", content=body, headers=JSON)

@@ -9,6 +9,8 @@ from polydelta.adapters_store.load_times import LoadTier, LoadTotals
 from polydelta.engine.adapter_usage import AdapterCounts, AdapterUsageSnapshot
 from polydelta.engine.eviction import EvictionReason
 from polydelta.engine.histogram import Distribution
+from polydelta.engine.preemption_mode import PreemptionMode
+from polydelta.engine.request import ErrorKind
 from polydelta.engine.residency import ResidentAdapter
 from polydelta.engine.stats import EngineStats
 from polydelta.engine.step_stats import StepPhase, StepSnapshot
@@ -94,6 +96,32 @@ def test_the_pool_is_told_by_owner_and_what_left_it_by_kind_and_reason(samples, 
         if name == "polydelta_evictions_total"
     }
     assert evictions == {("adapter", "room"): 5, ("adapter", "deleted"): 1, ("prefix", "room"): 7}
+
+
+def test_preemptions_are_told_by_how_the_kv_comes_back(samples, engine):
+    engine.stats_now = EngineStats(
+        preemptions=7,
+        preemptions_by_mode={PreemptionMode.RECOMPUTE: 5, PreemptionMode.SWAP: 2},
+        host_kv_bytes=3 << 20,
+    )
+    found = samples()
+    modes = by_label(found, "polydelta_preemptions_total", "mode")
+    assert modes == {"recompute": 5, "swap": 2}
+    assert found["polydelta_host_kv_bytes", ()] == 3 << 20
+
+
+def test_tenants_are_told_by_name(samples, engine):
+    acme = AdapterCounts(requests=4, prompt_tokens=30, generation_tokens=20, queue_seconds=0.5)
+    both = {"acme": acme, "other": AdapterCounts(requests=1)}
+    engine.stats_now = EngineStats(tenants=AdapterUsageSnapshot(both))
+    found = samples()
+    for name, counts in (
+        ("requests", {"acme": 4, "other": 1}),
+        ("prompt_tokens", {"acme": 30, "other": 0}),
+        ("generation_tokens", {"acme": 20, "other": 0}),
+        ("queue_seconds", {"acme": 0.5, "other": 0}),
+    ):
+        assert by_label(found, f"polydelta_tenant_{name}_total", "tenant") == counts
 
 
 def test_loads_are_told_by_tier(samples, engine):
@@ -197,8 +225,9 @@ def test_requests_that_were_refused_are_counted_by_why(samples, client, stream, 
     assert ask(temperature="hot") == 400
     assert client.get("/no-such-route").status_code == 404
     engine.error = "The pool is too small."
-    assert ask() == 400
+    assert ask() == ask(stream=True) == 400
     # Refused in the middle of a success.
+    engine.error_after = 2
     assert "error" in stream("/v1/completions")[-1]
     engine.alive = False
     assert ask() == 503
@@ -212,10 +241,39 @@ def test_requests_that_were_refused_are_counted_by_why(samples, client, stream, 
     }
     assert refused == {
         ("not_found", "404"): 2,
-        ("bad_request", "400"): 3,
+        ("bad_request", "400"): 4,
         ("unavailable", "503"): 1,
     }
-    assert by_label(found, "vllm:admission_rejections_total", "reason") == {"unavailable": 1}
+    rejected = by_label(found, "vllm:admission_rejections_total", "reason")
+    assert rejected.pop("unavailable") == 1
+    assert set(rejected.values()) == {0}
+
+
+def test_refusals_of_a_busy_server_are_counted_by_what_it_lacks(samples, client, stream, engine):
+    names = {"late", "queue_full", "tenant_rate", "tenant_concurrency", "overload", "unavailable"}
+    # All of them are there before the first one happens: rates begin at zero.
+    assert by_label(samples(), "vllm:admission_rejections_total", "reason") == dict.fromkeys(
+        names, 0
+    )
+    body = {"model": "fake-base", "prompt": "Hi"}
+    for kind, count in ((ErrorKind.LATE, 3), (ErrorKind.QUEUE_FULL, 2)):
+        engine.error, engine.error_kind = "busy", kind
+        for number in range(count):
+            client.post("/v1/completions", json=body | {"stream": number == 1})
+    # One of its choices, in the middle of a success.
+    engine.error_after = 1
+    assert stream("/v1/completions")[-1]["error"]["code"] == 503
+    found = samples()
+    for status, reason, count in ((429, "late", 3), (503, "queue_full", 3)):
+        labels = (("reason", reason), ("status", str(status)))
+        assert found["polydelta_refusals_total", labels] == count
+        assert found["vllm:admission_rejections_total", (("reason", reason),)] == count
+
+
+def test_a_bug_in_mid_stream_is_a_refusal_too(samples, stream, engine):
+    engine.tokenizer.token_bytes = lambda _: 1 / 0
+    assert stream("/v1/completions", logprobs=1)[-1]["error"]["code"] == 500
+    assert samples()["polydelta_refusals_total", (("reason", "internal"), ("status", "500"))] == 1
 
 
 def test_a_bug_of_ours_is_a_refusal_too(samples, client, app):

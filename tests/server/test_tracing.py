@@ -21,7 +21,13 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from polydelta.engine.request import GenerationRequest, OutputHandler, RequestOutput, RequestTimes
+from polydelta.engine.request import (
+    ErrorKind,
+    GenerationRequest,
+    OutputHandler,
+    RequestOutput,
+    RequestTimes,
+)
 from polydelta.server import spans
 from polydelta.server.settings import SettingsError, load_settings
 from polydelta.server.spans import Tracer
@@ -207,6 +213,24 @@ def test_a_refusal_is_the_clients_error_and_says_what_was_asked(traced, exporter
     assert span.attributes["error.type"] == "404"
     assert "gen_ai.response.model" not in span.attributes
     assert span.status.status_code is StatusCode.UNSET
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "status", "code"),
+    [
+        (ErrorKind.LATE, 429, StatusCode.UNSET),
+        (ErrorKind.QUEUE_FULL, 503, StatusCode.ERROR),
+    ],
+)
+def test_a_busy_server_s_refusal_has_its_status(
+    traced, exporter, engine, kind, status, code, stream
+):
+    engine.error, engine.error_kind = "too much to do", kind
+    assert ask(traced, stream=stream).status_code == status
+    span = request_span(exporter)
+    assert span.attributes["error.type"] == str(status)
+    assert span.status.status_code is code
 
 
 def test_a_body_that_is_no_request_has_the_name_of_its_route(traced, exporter):

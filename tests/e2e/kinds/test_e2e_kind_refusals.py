@@ -130,7 +130,7 @@ def test_a_prefix_that_leaves_no_place_in_the_window_is_an_error_with_the_number
     asked = {"model": "long", "prompt": [5] * 7, "max_tokens": 9}
     with pytest.raises(openai.BadRequestError) as whole:
         api.complete(**asked)
-    with pytest.raises(openai.APIError) as streamed:
+    with pytest.raises(openai.BadRequestError) as streamed:
         list(api.complete(**asked, stream=True))
     for error in (whole.value, streamed.value):
         assert error.param == "model"

@@ -71,6 +71,11 @@ def test_logprobs_without_alternatives(chat):
     assert content[0]["top_logprobs"] == []
 
 
+def test_priority_and_salt_reach_the_engine(chat, engine):
+    chat(n=2, priority=7, cache_salt="mine")
+    assert [(r.priority, r.cache_salt) for r in engine.requests] == [(7, "mine")] * 2
+
+
 def test_n_greedy_choices_are_the_same(chat):
     choices = chat(n=3, temperature=0)["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2]

@@ -120,6 +120,14 @@ def test_sampling_fields_reach_the_engine(complete, engine):
     assert (sampling.stop, sampling.stop_token_ids) == (("end",), (3,))
 
 
+def test_priority_and_salt_reach_the_engine_with_every_choice(complete, engine):
+    complete(prompt=["a", "b"], n=2, priority=-3, cache_salt="näher")
+    complete()
+    complete(priority=None, cache_salt=None)
+    said = [(request.priority, request.cache_salt) for request in engine.requests]
+    assert said == [(-3, "näher")] * 4 + [(0, "")] * 2
+
+
 def test_choices_have_seeds_of_their_own(complete, engine):
     complete(seed=2**63 - 1, n=2)
     seeds = [request.sampling.seed for request in engine.requests]

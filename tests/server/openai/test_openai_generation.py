@@ -18,7 +18,7 @@ from polydelta.engine.request import (
     TokenLogprob,
 )
 from polydelta.server.errors import ApiError
-from polydelta.server.openai.generation import MOST_WAITING, Generation
+from polydelta.server.openai.generation import CLIENT_GONE, MOST_WAITING, Generation
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"prompt": ["a", "b"]}
@@ -112,6 +112,27 @@ def test_hanging_up_before_a_whole_body_aborts_every_choice(app, engine, path, b
     assert engine.aborted == {request.request_id for request in engine.requests}
 
 
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+def test_hanging_up_before_a_stream_has_begun_aborts_every_choice(app, engine, spec_version):
+    """While its requests wait in the queue, that is: nothing is sent before."""
+    engine.submit = lambda request, _: engine.requests.append(request)
+
+    async def scenario():
+        body = COMPLETION | {"n": 2, "stream": True, "echo": True}
+        client = Client(app, "/v1/completions", body, spec_version)
+        await until(lambda: len(engine.requests) == 4)
+        await asyncio.sleep(0.05)
+        assert client.sent == []
+        client.gone.set()
+        await asyncio.wait([client.call], timeout=5)
+        assert isinstance(client.call.exception(), OSError | None)
+        return client.sent
+
+    sent = asyncio.run(scenario())
+    assert {message.get("status", CLIENT_GONE) for message in sent} <= {CLIENT_GONE}
+    assert engine.aborted == {request.request_id for request in engine.requests}
+
+
 def test_a_cancelled_handler_aborts(app, engine):
     engine.endless = True
 
@@ -191,12 +212,11 @@ def test_what_waits_for_a_slow_client_is_put_together_and_none_of_it_is_lost():
         submit=lambda request, on_output: handlers.append(on_output), abort=lambda _: None
     )
     requests = [GenerationRequest(f"r{number}", (1,), SamplingParams()) for number in range(3)]
-    metrics = SimpleNamespace(refusals=SimpleNamespace(count=lambda *_: None))
     taker.alive = True
 
     async def scenario():
         lease = Lease("base", (), (), lambda: None)
-        with Generation(taker, requests, metrics, lease, streamed=True) as generation:
+        with Generation(taker, requests, lease, streamed=True) as generation:
             for number in range(count):
                 for choice in (0, 1, 2):
                     token = TokenLogprob(number, -1.0, ())

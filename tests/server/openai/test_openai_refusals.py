@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from polydelta.engine.request import ErrorKind
+
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 BOTH = (COMPLETIONS, CHAT)
@@ -31,6 +33,11 @@ OUT_OF_RANGE = [
     ("stream", "yes"),
     ("logit_bias", [1]),
     ("stop_token_ids", ["a"]),
+    ("priority", "high"),
+    ("priority", 0.5),
+    ("priority", 2**31),
+    ("cache_salt", ""),
+    ("cache_salt", 5),
 ]
 
 
@@ -220,6 +227,45 @@ def test_a_request_that_the_engine_refuses_is_400(refusal, engine):
     status, error = refusal(COMPLETIONS)
     assert (status, error["param"]) == (400, None)
     assert "9 pages" in error["message"]
+
+
+@pytest.mark.parametrize("model", ["fake-base", "dates"])
+def test_what_the_server_is_to_blame_for_is_503(refusal, engine, model):
+    engine.error, engine.error_kind = "the disk does not answer", ErrorKind.SERVER
+    for path in BOTH:
+        status, error = refusal(path, model=model)
+        assert (status, error["type"], error["param"]) == (503, "ServiceUnavailableError", None)
+        assert "the disk does not answer" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "status", "name"),
+    [
+        (ErrorKind.LATE, 429, "RateLimitError"),
+        (ErrorKind.QUEUE_FULL, 503, "ServiceUnavailableError"),
+    ],
+)
+@pytest.mark.parametrize(("seconds", "header"), [(None, "1"), (0.2, "1"), (3.0, "3"), (6.01, "7")])
+def test_a_busy_server_says_when_to_come_back(
+    client, engine, stream, kind, status, name, seconds, header
+):
+    engine.error, engine.error_kind, engine.retry_after = "too much to do", kind, seconds
+    # It is not about the adapter.
+    body = {"model": "dates", "messages": [{"role": "user", "content": "Hi"}], "stream": stream}
+    answer = client.post(CHAT, json=body)
+    assert answer.status_code == status
+    assert answer.headers["retry-after"] == header
+    assert answer.headers["content-type"] == "application/json"
+    error = {"message": "too much to do", "type": name, "param": None, "code": status}
+    assert answer.json() == {"error": error}
+
+
+def test_other_refusals_do_not_say_when_to_come_back(client, engine):
+    engine.error = "needs 9 pages, the pool has 4"
+    answer = client.post(COMPLETIONS, json={"model": "fake-base", "prompt": "Hi"})
+    assert answer.status_code == 400
+    assert "retry-after" not in answer.headers
 
 
 def test_a_dead_engine_is_503(refusal, engine):

@@ -83,6 +83,16 @@ def test_logprobs_are_streamed_even_while_text_is_held_back(stream, engine):
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_an_error_before_the_first_output_has_its_own_status(refusal, engine, path):
+    engine.error = "shapes do not fit"
+    # Echoed prompts and roles do not need the engine, and wait all the same.
+    fields = {"echo": True} if path == COMPLETIONS else {}
+    status, error = refusal(path, model="dates", stream=True, n=2, **fields)
+    assert (status, error["param"]) == (400, "model")
+    assert "shapes do not fit" in error["message"]
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_an_error_in_mid_stream_is_an_event_and_then_done(stream, engine, path):
     engine.error, engine.error_after = "shapes do not fit", 2
     *chunks, last = stream(path, model="dates")
@@ -92,7 +102,7 @@ def test_an_error_in_mid_stream_is_an_event_and_then_done(stream, engine, path):
     assert "shapes do not fit" in last["error"]["message"]
 
 
-def test_one_failed_choice_aborts_the_others(stream, engine):
+def test_one_failed_choice_aborts_the_others(refusal, engine):
     submit = engine.submit
 
     def submit_first_to_fail(request, on_output):
@@ -112,7 +122,8 @@ def test_one_failed_choice_aborts_the_others(stream, engine):
 
     engine.submit = submit_first_to_fail
     engine.endless = True
-    assert "no room" in stream(COMPLETIONS, n=4)[-1]["error"]["message"]
+    status, error = refusal(COMPLETIONS, stream=True, n=4)
+    assert (status, error["message"]) == (400, "no room")
     assert engine.aborted == {request.request_id for request in engine.requests[1:]}
     assert len(engine.aborted) == 3
 

@@ -1,0 +1,36 @@
+"""Adapters are brought to the host while those who need them still wait. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from polydelta.adapters_store.reference import AdapterRef
+from polydelta.engine.residency import Residency, ResidencyState
+from polydelta.engine.sequence import Sequence
+
+# Adapters on their way at a time: each takes host RAM until its turn.
+MAX_PREFETCHED = 8
+
+
+class Prefetching:
+    """Starts loads, which are never waited for."""
+
+    def __init__(self, residency: Residency[Any, Any]) -> None:
+        self._residency = residency
+
+    def unreadable(self, line: Seq[Sequence]) -> AdapterRef | None:
+        """An adapter that one of them needs, and that could not be loaded."""
+        failed = ResidencyState.FAILED
+        refs = (ref for sequence in line for ref in sequence.adapter_refs)
+        return next((ref for ref in refs if self._residency.state(ref) is failed), None)
+
+    def start(self, line: Seq[Sequence]) -> None:
+        """line: those that enter next, in their order."""
+        for sequence in line:
+            for ref in sequence.adapter_refs:
+                # Whoever is first gets all that it needs: sums of which each has a part would wait
+                # for each other for ever.
+                is_first = sequence is line[0]
+                if is_first or self._residency.num_on_their_way() < MAX_PREFETCHED:
+                    self._residency.prefetch(ref)
