@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.adapters_store.digest_notes import DigestNotes
 from polydelta.adapters_store.formats import read_adapter
 from polydelta.adapters_store.load_times import LoadTier, LoadTimes
 from polydelta.adapters_store.packed import PackedAdapter
@@ -103,18 +104,19 @@ class DiskTier:
         # Digests of versions whose files lie in a folder of the operator's, known once they were
         # read: a version can be loaded again after its files have changed.
         self._digests: dict[AdapterRef, str] = {}
+        self._notes = DigestNotes(folder / "notes")
 
     def load(self, ref: AdapterRef) -> PackedAdapter:
         began = time.perf_counter()
-        digest = ref.digest or self._digests.get(ref)
+        digest = ref.digest or self._digests.get(ref) or self._notes.find(ref)
         if digest is not None and (packed := self._read(digest)) is not None:
+            self._know(ref, digest)
             self.times.ended(LoadTier.PACKED, began)
             return packed
         if ref.digest is not None:
             self._files.fetch(ref.digest)
         packed = self.prepare(ref)
-        if ref.digest is None:
-            self._digests[ref] = packed.digest
+        self._know(ref, packed.digest)
         self.times.ended(LoadTier.FILES, began)
         return packed
 
@@ -128,6 +130,15 @@ class DiskTier:
             return packed_digest(self._path(digest)) == digest
         except UnreadableFileError:
             return False
+
+    def _know(self, ref: AdapterRef, digest: str) -> None:
+        """Takes note of the content of an operator's folder."""
+        if ref.digest is not None or ref in self._digests:
+            return
+        self._digests[ref] = digest
+        # That it could not be written costs the next process a look at the files, nothing else.
+        with contextlib.suppress(OSError):
+            self._notes.write(ref, digest)
 
     def _path(self, digest: str) -> Path:
         return self._folder / digest / self._file_name
@@ -168,6 +179,7 @@ class DiskTier:
                 path.unlink()
                 path.parent.rmdir()
             excess -= size
+        self._notes.sweep(lambda digest: (self._folder / digest).is_dir())
 
     def _stats(self) -> Iterator[tuple[float, int, Path]]:
         """When it was last used, bytes, path, of each packed file."""

@@ -329,6 +329,19 @@ def test_a_folders_old_version_can_be_loaded_after_its_files_have_changed(
     assert reads == ["one@1", "one@2"]
 
 
+def test_an_unchanged_folder_is_not_read_again_after_a_restart(
+    open_tier: Open, adapter_files: Any, reads: list[str]
+) -> None:
+    adapter_files.lora("one")
+    first = data(open_tier().load(FolderCatalog([adapter_files.root]).resolve("one")))
+    assert data(open_tier().load(FolderCatalog([adapter_files.root]).resolve("one"))) == first
+    assert reads == ["one@1"]
+    adapter_files.lora("one", lora_alpha=100)
+    changed = data(open_tier().load(FolderCatalog([adapter_files.root]).resolve("one")))
+    assert changed != first
+    assert reads == ["one@1", "one@1"]
+
+
 def test_a_folders_old_version_that_was_never_loaded_is_refused_after_a_change(
     open_tier: Open, adapter_files: Any
 ) -> None:
