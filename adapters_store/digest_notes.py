@@ -1,4 +1,4 @@
-"""What the files in operators' folders were when they were last read, so that a restart need not."""
+"""What the files in operators' folders were when they were last read; it outlives the process."""
 
 from __future__ import annotations
 

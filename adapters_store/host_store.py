@@ -8,6 +8,7 @@ from collections import OrderedDict
 from concurrent.futures import Future
 
 from polydelta.adapters_store.disk_tier import AdapterLoader
+from polydelta.adapters_store.load_times import LoadTier
 from polydelta.adapters_store.packed import PackedAdapter
 from polydelta.adapters_store.packed_file import in_memory
 from polydelta.adapters_store.reference import AdapterRef
@@ -72,6 +73,14 @@ class HostStore:
         """Whether `load` would answer at once."""
         with self._lock:
             return ref in self._kept
+
+    def reload_seconds(self, ref: AdapterRef) -> float:
+        """What it would take to have the adapter here once more: 0 for one that is kept, else what
+        loads of packed forms took until now, each."""
+        if self.holds(ref):
+            return 0.0
+        packed = self._loader.times.totals()[LoadTier.PACKED]
+        return packed.seconds / packed.loads if packed.loads else 0.0
 
     def peek(self, ref: AdapterRef) -> PackedAdapter | None:
         """The adapter, if it is kept; it does not count as used."""

@@ -16,7 +16,7 @@ from benchmarks.stored_adapters import ALL, StoredAdapters, drop_from_page_cache
 from benchmarks.timed_answer import Client, Deadline
 from polydelta.adapters_store.composition import Share
 from polydelta.adapters_store.reference import AdapterRef
-from polydelta.engine.residency import ResidencyState
+from polydelta.engine.adapter_entry import ResidencyState
 
 RANKS, PROMPT_TOKENS = (8, 64), 32
 POOL, HOST = "in the pool", "in host RAM"

@@ -11,9 +11,10 @@ from typing import Any
 
 from polydelta.adapters_store.errors import AdapterError, InUseError
 from polydelta.adapters_store.reference import AdapterRef
+from polydelta.engine.adapter_entry import ResidencyState
 from polydelta.engine.kv_cache import KVCache
 from polydelta.engine.pools import Pools
-from polydelta.engine.residency import Residency, ResidencyState
+from polydelta.engine.residency import Residency
 from polydelta.engine.scheduler import Scheduler
 
 

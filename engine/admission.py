@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from polydelta.adapters_store.composition import sum_digest
+from polydelta.engine.adapter_entry import ResidencyState
 from polydelta.engine.kv_cache import BASE_NAMESPACE, KVCache
 from polydelta.engine.pools import Pools
 from polydelta.engine.preemption import Preemption
-from polydelta.engine.residency import Residency, ResidencyState
+from polydelta.engine.residency import Residency
 from polydelta.engine.sequence import Sequence
 
 READY = (ResidencyState.ON_HOST, ResidencyState.RESIDENT)

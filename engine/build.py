@@ -145,7 +145,6 @@ def assemble(
 
     wake, costs = threading.Event(), CostModel()
     pools = Pools.of(sizes.num_pages, config.adapter_share)
-    kv = KVCache(pools.kv, config.block_size, costs, config.prefix_caching)
     residency = Residency(
         pools.adapters,
         page_bytes,
@@ -156,6 +155,8 @@ def assemble(
         wake.set,
         AdapterUsage(config.named_adapters),
     )
+    prefix_caching = config.prefix_caching
+    kv = KVCache(pools.kv, config.block_size, costs, prefix_caching, residency.is_doomed)
     preemption = Preemption()
     scheduler = Scheduler(
         SchedulerLimits(

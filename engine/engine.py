@@ -20,6 +20,7 @@ from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.errors import InUseError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.adapter_control import AdapterControl
+from polydelta.engine.adapter_entry import AdapterPlace
 from polydelta.engine.detokenizer import Detokenizer
 from polydelta.engine.models.tokenizer import Tokenizer
 from polydelta.engine.outputs import deliver, last_output, output_of
@@ -30,7 +31,6 @@ from polydelta.engine.request import (
     OutputHandler,
     RequestError,
 )
-from polydelta.engine.residency import AdapterPlace
 from polydelta.engine.runner import LaunchedStep, Runner
 from polydelta.engine.scheduler import Scheduler
 from polydelta.engine.sequence import SampledToken, Schedule, Sequence

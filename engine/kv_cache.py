@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -65,6 +66,8 @@ class KVCache:
     block_size: int
     costs: CostModel
     prefix_caching: bool = True
+    # Whether an adapter's version was deleted: what it made is worthless, and goes first of all.
+    is_gone: Callable[[AdapterRef], bool] = lambda _: False
     stats: PrefixCacheStats = field(default_factory=PrefixCacheStats)
     # Users of each page in a block table.
     _users: Counter[int] = field(default_factory=Counter)
@@ -135,7 +138,7 @@ class KVCache:
 
     def publish(self, sequence: Sequence, namespace: str) -> None:
         """Makes the sequence's full, computed blocks known to others."""
-        if not self.prefix_caching:
+        if not self.prefix_caching or any(map(self.is_gone, sequence.adapter_refs)):
             return
         self._extend_hashes(sequence, namespace)
         full = self._full_blocks(sequence, sequence.num_computed)
@@ -156,7 +159,11 @@ class KVCache:
             if self._users[page]:
                 continue
             del self._users[page]
-            if block := self._by_page.get(page):
+            block = self._by_page.get(page)
+            if block is not None and any(self.is_gone(share.ref) for share in block.adapters):
+                self._forget(block, EvictionReason.DELETED)
+                block = None
+            if block is not None:
                 cost = self.costs.prefill_seconds(self.block_size)
                 forget = partial(self._forget, block)
                 self.pool.retire(block.hash, [page], cost, block.hits, forget)

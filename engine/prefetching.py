@@ -6,7 +6,8 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 from polydelta.adapters_store.reference import AdapterRef
-from polydelta.engine.residency import Residency, ResidencyState
+from polydelta.engine.adapter_entry import ResidencyState
+from polydelta.engine.residency import Residency
 from polydelta.engine.sequence import Sequence
 
 # Adapters on their way at a time: each takes host RAM until its turn.

@@ -15,53 +15,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol
 
 from polydelta.adapters_store.errors import AdapterError, StoreError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.adapters_store.traits import AdapterTraits
+from polydelta.engine.adapter_entry import (
+    AdapterEntry,
+    AdapterPlace,
+    Bound,
+    Packed,
+    ResidencyState,
+    ResidentAdapter,
+)
 from polydelta.engine.adapter_usage import AdapterUsage
 from polydelta.engine.eviction import CostModel, EvictionReason
-from polydelta.engine.host_adapter import AdapterPages, HostAdapter, count_pages
+from polydelta.engine.host_adapter import count_pages
 from polydelta.engine.pool import PagePool
 
 logger = logging.getLogger(__name__)
-
-
-class ResidencyState(Enum):
-    ON_DISK = "on disk"
-    LOADING_TO_HOST = "loading to host"
-    ON_HOST = "on host"
-    RESIDENT = "resident"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class AdapterPlace:
-    """Where an adapter is."""
-
-    state: ResidencyState
-    # Of the pool.
-    pages: int = 0
-    # Sequences that run with it.
-    users: int = 0
-
-
-@dataclass(frozen=True)
-class ResidentAdapter:
-    """An adapter in the pool."""
-
-    id: str
-    version: int
-    pages: int
-
-
-# An adapter in host RAM, and in the pool, ready for the kernels: only the runner looks inside.
-Packed = TypeVar("Packed", bound=HostAdapter)
-Bound = TypeVar("Bound")
 
 
 class HostTier(Protocol[Packed]):
@@ -73,33 +46,14 @@ class HostTier(Protocol[Packed]):
 
     def holds(self, ref: AdapterRef) -> bool: ...
 
+    def reload_seconds(self, ref: AdapterRef) -> float:
+        """What it would take to bring the adapter to the host once more, as measured: 0 for one
+        that is there."""
+        ...
+
 
 # Copies a packed adapter into pages of the pool, divided as `AdapterPages` says.
 Binder = Callable[[Packed, Sequence[int]], Bound]
-
-
-@dataclass
-class _Entry(Generic[Packed, Bound]):
-    state: ResidencyState = ResidencyState.ON_DISK
-    loading: Future[Packed] | None = None
-    # Kept from the end of the load until it is in the pool.
-    packed: Packed | None = None
-    error: AdapterError | None = None
-    # Known once it was loaded.
-    digest: str = ""
-    traits: AdapterTraits = field(default_factory=AdapterTraits)
-    nbytes: int = 0
-    size: AdapterPages = field(default_factory=AdapterPages)
-    pages: list[int] = field(default_factory=list)
-    bound: Bound | None = None
-    # Seconds to have it back, where its bytes do not tell: virtual tokens may be computed.
-    cost: float | None = None
-    # Sequences that run with it, and a pin; idle when 0.
-    users: int = 0
-    uses: int = 0
-    pinned: bool = False
-    # The version was deleted: it goes when its last user does.
-    doomed: bool = False
 
 
 class Residency(Generic[Packed, Bound]):
@@ -124,7 +78,7 @@ class Residency(Generic[Packed, Bound]):
         self._costs = costs
         # Called on a loader's thread when a load ends, so that the engine looks again.
         self._on_loaded = on_loaded
-        self._entries: dict[AdapterRef, _Entry[Packed, Bound]] = {}
+        self._entries: dict[AdapterRef, AdapterEntry[Packed, Bound]] = {}
         self.usage = usage
         self.num_load_failures = 0
         self.evictions = Counter(dict.fromkeys(EvictionReason, 0))
@@ -142,7 +96,7 @@ class Residency(Generic[Packed, Bound]):
         """Starts to bring an adapter to the host, if that is not done or under way."""
         if self.state(ref) is not ResidencyState.ON_DISK:
             return
-        entry = self._entries.setdefault(ref, _Entry())
+        entry = self._entries.setdefault(ref, AdapterEntry())
         entry.state = ResidencyState.LOADING_TO_HOST
         entry.loading = self._host.load(ref)
         entry.loading.add_done_callback(lambda _: self._on_loaded())
@@ -210,7 +164,8 @@ class Residency(Generic[Packed, Bound]):
         entry = self._entries[ref]
         entry.users -= 1
         if not entry.users:
-            cost = self._costs.load_seconds(entry.nbytes) if entry.cost is None else entry.cost
+            copy = self._costs.load_seconds(entry.nbytes) if entry.cost is None else entry.cost
+            cost = self._host.reload_seconds(ref) + copy
             self._pool.retire(ref, entry.pages, cost, entry.uses, partial(self._forget, ref))
             if entry.doomed:
                 self._pool.evict(ref, EvictionReason.DELETED)
@@ -246,6 +201,10 @@ class Residency(Generic[Packed, Bound]):
         else:
             self.evict(ref, EvictionReason.DELETED)
 
+    def is_doomed(self, ref: AdapterRef) -> bool:
+        """Whether the version was deleted, and is there only as long as its users are."""
+        return ref in self._entries and self._entries[ref].doomed
+
     def resident(self) -> list[ResidentAdapter]:
         return [
             ResidentAdapter(ref.id, ref.version, len(entry.pages))
@@ -278,7 +237,7 @@ class Residency(Generic[Packed, Bound]):
     def num_idle_pages(self) -> int:
         return sum(len(e.pages) for e in self._entries.values() if not e.users)
 
-    def _finish_load(self, entry: _Entry[Packed, Bound], loading: Future[Packed]) -> None:
+    def _finish_load(self, entry: AdapterEntry[Packed, Bound], loading: Future[Packed]) -> None:
         entry.loading = None
         if loading.cancelled():
             self._fail_load(entry, StoreError("its load was cancelled"))
@@ -291,11 +250,11 @@ class Residency(Generic[Packed, Bound]):
         entry.size = count_pages(packed, self._page_bytes, self._block_size)
         entry.state = ResidencyState.ON_HOST
 
-    def _fail_load(self, entry: _Entry[Packed, Bound], error: AdapterError) -> None:
+    def _fail_load(self, entry: AdapterEntry[Packed, Bound], error: AdapterError) -> None:
         entry.state, entry.error = ResidencyState.FAILED, error
         self.num_load_failures += 1
 
-    def _load_to_pool(self, ref: AdapterRef, entry: _Entry[Packed, Bound]) -> None:
+    def _load_to_pool(self, ref: AdapterRef, entry: AdapterEntry[Packed, Bound]) -> None:
         packed = entry.packed
         if packed is None:
             raise ValueError(f"adapter {ref.name} is {entry.state.value}, not on the host")

@@ -20,6 +20,7 @@ from typing import Any
 
 from polydelta.adapters_store.errors import AdapterError, StoreError
 from polydelta.adapters_store.reference import AdapterRef
+from polydelta.engine.adapter_entry import AdapterPlace
 from polydelta.engine.admission import Admission
 from polydelta.engine.kv_cache import KVCache
 from polydelta.engine.overload import Overload, QueueLimits
@@ -28,7 +29,7 @@ from polydelta.engine.pools import Pools
 from polydelta.engine.preemption import Preemption
 from polydelta.engine.prefetching import MAX_PREFETCHED, Prefetching
 from polydelta.engine.request import ErrorKind, RequestError
-from polydelta.engine.residency import AdapterPlace, Residency
+from polydelta.engine.residency import Residency
 from polydelta.engine.sequence import SampledToken, Schedule, ScheduledSequence, Sequence
 from polydelta.engine.waiting import Flow, Key, WaitingQueue
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from polydelta.adapters_store.load_times import LoadTier, LoadTotals
+from polydelta.engine.adapter_entry import ResidentAdapter
 from polydelta.engine.adapter_usage import AdapterUsageSnapshot
 from polydelta.engine.eviction import EvictionReason
 from polydelta.engine.histogram import Distribution
 from polydelta.engine.preemption_mode import PreemptionMode
-from polydelta.engine.residency import ResidentAdapter
 from polydelta.engine.step_stats import StepSnapshot
 
 

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Sequence as Seq
 from typing import Any
 
 from polydelta.adapters_store.load_times import LoadTimes
+from polydelta.engine.adapter_entry import ResidencyState
 from polydelta.engine.adapter_usage import AdapterCounts, AdapterUsage
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.kv_cache import KVCache
 from polydelta.engine.pools import Pools
 from polydelta.engine.request import ErrorKind, FinishReason, RequestError
 from polydelta.engine.request_stats import RequestStats
-from polydelta.engine.residency import Residency, ResidencyState
+from polydelta.engine.residency import Residency
 from polydelta.engine.scheduler import Scheduler
 from polydelta.engine.sequence import SampledToken, Schedule, Sequence
 from polydelta.engine.stats import EngineStats

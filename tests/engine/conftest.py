@@ -78,6 +78,8 @@ class FakeHost:
     asked: list[str] = field(default_factory=list)
     pending: list[tuple[AdapterRef, Future[HostAdapter]]] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
+    # What it is said to take to have each once more.
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def load(self, ref: AdapterRef) -> Future[HostAdapter]:
         future: Future[HostAdapter] = Future()
@@ -90,6 +92,9 @@ class FakeHost:
 
     def holds(self, ref: AdapterRef) -> bool:
         return False
+
+    def reload_seconds(self, ref: AdapterRef) -> float:
+        return self.seconds.get(ref.id, 0.0)
 
     def finish(self, adapter_id: str | None = None) -> None:
         """Ends the pending loads of one adapter, or all."""
@@ -152,7 +157,6 @@ class World:
         self.now = 0.0
         self.host = FakeHost(adapters or {}, digests or {}, traits or {})
         costs = CostModel()
-        self.kv = KVCache(self.pool, block_size, costs, prefix_caching)
         self.num_wakes = 0
         self.residency = Residency(
             self.pools.adapters,
@@ -164,6 +168,8 @@ class World:
             self._wake,
             AdapterUsage(most_named=10),
         )
+        is_gone = self.residency.is_doomed
+        self.kv = KVCache(self.pool, block_size, costs, prefix_caching, is_gone)
         self.scheduler = Scheduler(
             self.limits,
             POLICIES[policy](),

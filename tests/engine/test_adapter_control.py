@@ -9,7 +9,7 @@ import pytest
 from polydelta.adapters_store.errors import AdapterError, InUseError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.adapters_store.traits import AdapterTraits
-from polydelta.engine.residency import ResidencyState
+from polydelta.engine.adapter_entry import ResidencyState
 
 # The class `World` of conftest.py.
 Worlds = Any

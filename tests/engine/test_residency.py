@@ -13,11 +13,12 @@ import pytest
 from polydelta.adapters_store.errors import InvalidAdapterError, StoreError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.adapters_store.traits import AdapterTraits
+from polydelta.engine.adapter_entry import ResidencyState, ResidentAdapter
 from polydelta.engine.adapter_usage import AdapterUsage
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.host_adapter import AdapterPages, HostAdapter, count_pages
 from polydelta.engine.pool import PagePool
-from polydelta.engine.residency import Residency, ResidencyState, ResidentAdapter
+from polydelta.engine.residency import Residency
 
 PAGE_BYTES = 10
 BLOCK = 4
@@ -44,6 +45,8 @@ class Setting:
         self.loads: list[Future[HostAdapter]] = []
         self.bound: list[list[int]] = []
         self.wakes = 0
+        # What it takes to have each on the host once more.
+        self.reload: dict[AdapterRef, float] = {}
         self.costs = CostModel()
         self.residency = Residency(
             self.pool,
@@ -59,6 +62,12 @@ class Setting:
     def load(self, ref: AdapterRef) -> Future[HostAdapter]:
         self.loads.append(Future())
         return self.loads[-1]
+
+    def forget(self, ref: AdapterRef) -> None:
+        """It keeps none."""
+
+    def reload_seconds(self, ref: AdapterRef) -> float:
+        return self.reload.get(ref, 0.0)
 
     def bring(self, ref: AdapterRef, size: int) -> None:
         """An adapter of `size` bytes a layer, all the way into the pool, in use."""
@@ -320,3 +329,27 @@ def test_a_loader_that_breaks_is_logged_and_its_words_stay_inside(
     assert isinstance(error, StoreError)
     assert str(error) == "it could not be loaded; see the server's log"
     assert "/some/path" in caplog.text
+
+
+def test_of_two_adapters_the_one_that_host_ram_still_has_leaves_first() -> None:
+    """However small: the other one would have to come from disk."""
+    setting = Setting(num_pages=5)
+    setting.reload = {ONE: 0.5}
+    setting.bring(ONE, 3 * PAGE_BYTES)
+    setting.bring(TWO, 2 * PAGE_BYTES)
+    setting.residency.release(ONE)
+    setting.residency.release(TWO)
+    setting.pool.allocate(1)
+    assert setting.residency.is_resident(ONE)
+    assert not setting.residency.is_resident(TWO)
+
+
+def test_a_deleted_version_is_doomed_only_as_long_as_somebody_uses_it() -> None:
+    setting = Setting()
+    setting.bring(ONE, PAGE_BYTES)
+    assert not setting.residency.is_doomed(ONE)
+    setting.residency.forget(ONE)
+    assert setting.residency.is_doomed(ONE)
+    setting.residency.release(ONE)
+    assert not setting.residency.is_doomed(ONE)
+    assert setting.pool.num_free == setting.pool.num_pages

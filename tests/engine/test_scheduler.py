@@ -22,9 +22,9 @@ from hypothesis.stateful import (
 
 from polydelta.adapters_store.errors import InUseError
 from polydelta.adapters_store.traits import AdapterTraits
+from polydelta.engine.adapter_entry import ResidencyState
 from polydelta.engine.eviction import EvictionReason
 from polydelta.engine.prefetching import MAX_PREFETCHED
-from polydelta.engine.residency import ResidencyState
 from polydelta.engine.sequence import Schedule, Sequence
 
 # The class `World` of conftest.py.
@@ -455,6 +455,15 @@ def test_adapters_of_one_digest_share_no_prefix_blocks_as_not_everybody_may_use_
         w.submit(range(9), name)
         w.drain()
     assert [s.num_cached for s in w.submitted] == [0, 0]
+
+
+def test_requests_of_different_salts_share_no_prefix_blocks(world: Worlds) -> None:
+    w = world(num_pages=40, adapters={"a": 1})
+    for salt in ("", "pepper", "", "pepper"):
+        for name in ("a", None):
+            w.submit(range(9), name, cache_salt=salt)
+            w.drain()
+    assert [s.num_cached for s in w.submitted] == [0, 0, 0, 0, 8, 8, 8, 8]
 
 
 def test_a_prefix_outlives_the_adapter_that_made_it(world: Worlds) -> None:

@@ -6,12 +6,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from polydelta.adapters_store.load_times import LoadTier, LoadTotals
+from polydelta.engine.adapter_entry import ResidentAdapter
 from polydelta.engine.adapter_usage import AdapterCounts, AdapterUsageSnapshot
 from polydelta.engine.eviction import EvictionReason
 from polydelta.engine.histogram import Distribution
 from polydelta.engine.preemption_mode import PreemptionMode
 from polydelta.engine.request import ErrorKind
-from polydelta.engine.residency import ResidentAdapter
 from polydelta.engine.stats import EngineStats
 from polydelta.engine.step_stats import StepPhase, StepSnapshot
 

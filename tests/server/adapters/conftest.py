@@ -27,7 +27,7 @@ from polydelta.adapters_store.reference import CONFIG_FILE, WEIGHTS_FILE, Adapte
 from polydelta.adapters_store.store import AdapterStore, StoreConfig
 from polydelta.adapters_store.upload.limits import UploadLimits
 from polydelta.adapters_store.upload.publisher import Publisher
-from polydelta.engine.residency import AdapterPlace, ResidencyState
+from polydelta.engine.adapter_entry import AdapterPlace, ResidencyState
 from polydelta.server.adapters.changes import Changes
 from polydelta.server.adapters.lora_routes import lora_router
 from polydelta.server.adapters.publishing import Publishing

@@ -12,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from polydelta.adapters_store.errors import AdapterError, StoreError
-from polydelta.engine.residency import AdapterPlace, ResidencyState
+from polydelta.engine.adapter_entry import AdapterPlace, ResidencyState
 
 # `World` of conftest.py.
 Worlds = Any
