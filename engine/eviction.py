@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import deque
 from collections.abc import Hashable
 from enum import StrEnum
+from statistics import median
 
 
 class EvictionReason(StrEnum):
@@ -67,6 +69,8 @@ class CostModel:
         # Starting guesses, soon replaced: a small model's prefill, and a copy from host RAM.
         self._seconds_per_token = 1e-3
         self._seconds_per_byte = 1e-9
+        # Of the last copies of KV to host RAM and back.
+        self._seconds_per_swapped_byte: deque[float] = deque(maxlen=9)
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         self._seconds_per_token += 0.1 * (seconds / tokens - self._seconds_per_token)
@@ -74,8 +78,17 @@ class CostModel:
     def observe_load(self, num_bytes: int, seconds: float) -> None:
         self._seconds_per_byte += 0.1 * (seconds / num_bytes - self._seconds_per_byte)
 
+    def observe_swap(self, num_bytes: int, seconds: float) -> None:
+        self._seconds_per_swapped_byte.append(seconds / num_bytes)
+
     def prefill_seconds(self, tokens: int) -> float:
         return tokens * self._seconds_per_token
 
     def load_seconds(self, num_bytes: int) -> float:
         return num_bytes * self._seconds_per_byte
+
+    def swap_seconds(self, num_bytes: int) -> float:
+        """Of KV, one way. The median of what was measured last, so that one slow copy does not end
+        swapping, and with it the measuring; 0 before the first."""
+        measured = self._seconds_per_swapped_byte
+        return num_bytes * median(measured) if measured else 0.0

@@ -31,7 +31,7 @@ from polydelta.engine.prefetching import MAX_PREFETCHED, Prefetching
 from polydelta.engine.request import ErrorKind, RequestError
 from polydelta.engine.residency import Residency
 from polydelta.engine.sequence import SampledToken, Schedule, ScheduledSequence, Sequence
-from polydelta.engine.waiting import Flow, Key, WaitingQueue
+from polydelta.engine.waiting import Flow, Line, WaitingQueue
 
 
 @dataclass(frozen=True)
@@ -151,11 +151,11 @@ class Scheduler:
         for sequence, error in self._overload.late(self.waiting, self._clock()):
             self._fail(sequence, error)
         # Before the admission: what host RAM has is there at once, and enters in this step.
-        self._look_ahead()
+        line = self._look_ahead()
         # Room that was made by preemption is for those who run. Where nobody runs any more, the
         # waiting are looked at now: nothing would wake the loop to do it later.
         if not shares or self.num_preemptions == preemptions:
-            self._admit_waiting(budget, shares)
+            self._admit_waiting(line, budget, shares)
         return [ScheduledSequence(sequence, tokens) for sequence, tokens in shares.items()]
 
     def advance(self, schedule: Schedule) -> None:
@@ -234,30 +234,26 @@ class Scheduler:
         self.waiting.add_first(sequence)
         self._policy.queued(sequence)
 
-    def _look_ahead(self) -> None:
-        """Starts loads for those who wait, in their order; those whose load has failed leave."""
-        if not self.waiting:
-            return
+    def _look_ahead(self) -> Line:
+        """Starts loads for those who enter next; those whose load has failed leave."""
         line = self._next_in_line()
         # One at a time: who leaves lets go of the other parts of its sum, failed or not.
-        while (unreadable := self._prefetching.unreadable(line)) is not None:
+        while (unreadable := self._prefetching.unreadable(line.flows)) is not None:
             self.fail_waiting(unreadable, self._residency.take_error(unreadable))
             line = self._next_in_line()
-        self._prefetching.start(line)
+        self._prefetching.start(line.flows)
+        return line
 
-    def _next_in_line(self) -> list[Sequence]:
-        """Of those who wait, the first of each flow, in their order."""
+    def _next_in_line(self) -> Line:
         most = max(MAX_PREFETCHED, self._limits.max_batch_size)
-        return self.waiting.heads(most, self._keys())
-
-    def _keys(self) -> Callable[[Flow], Key]:
-        return self._policy.keys(self.waiting.flows, self._is_resident)
+        key = self._policy.keys(self.waiting.flows, self._is_resident)
+        return self.waiting.line(most, key)
 
     def _is_resident(self, flow: Flow) -> bool:
         return all(map(self._residency.is_resident, flow.refs))
 
-    def _admit_waiting(self, budget: int, shares: dict[Sequence, int]) -> None:
-        for sequence in self.waiting.in_turn(self._limits.max_batch_size, self._keys()):
+    def _admit_waiting(self, line: Line, budget: int, shares: dict[Sequence, int]) -> None:
+        for sequence in line.in_turn():
             if budget == 0:
                 break
             # One that was preempted waits for what a step under way has sampled for it.

@@ -22,7 +22,7 @@ class Flow:
 
     def __init__(self, first: Sequence) -> None:
         self.account = first.account
-        self.refs = first.adapter_refs
+        self.refs = tuple(first.adapter_refs)
         self.tenant = first.request.tenant
         self.priority = first.request.priority
         # An ordered set: requests in the middle leave, too.
@@ -47,6 +47,32 @@ class Flow:
 
     def remove(self, sequence: Sequence) -> None:
         del self._sequences[sequence]
+
+
+class Line:
+    """Flows that enter next, in their order."""
+
+    def __init__(self, flows: list[Flow], key: Callable[[Flow], Key]) -> None:
+        self.flows = flows
+        self._key = key
+
+    def in_turn(self) -> Iterator[Sequence]:
+        """Heads of flows as they come to be first. Whoever is handed out may leave its flow before
+        the next one is asked for: the one behind it has its turn, then, and otherwise none of its
+        flow. Keys may grow meanwhile."""
+        order = count()
+        heap = [(self._key(flow), next(order), flow) for flow in self.flows]
+        heapq.heapify(heap)
+        while heap:
+            before, _, flow = heapq.heappop(heap)
+            now = self._key(flow)
+            if now > before:
+                heapq.heappush(heap, (now, next(order), flow))
+                continue
+            head = flow.head
+            yield head
+            if flow and flow.head is not head:
+                heapq.heappush(heap, (self._key(flow), next(order), flow))
 
 
 class WaitingQueue:
@@ -96,29 +122,9 @@ class WaitingQueue:
     def needs(self, ref: AdapterRef) -> bool:
         return self._needs[ref] > 0
 
-    def heads(self, most: int, key: Callable[[Flow], Key]) -> list[Sequence]:
-        """The first of each flow, for so many flows in their order."""
-        return [flow.head for flow in heapq.nsmallest(most, self._flows.values(), key=key)]
-
-    def in_turn(self, most: int, key: Callable[[Flow], Key]) -> Iterator[Sequence]:
-        """Heads of flows as they come to be first. Whoever is handed out may be removed before the
-        next one is asked for: the one behind it has its turn, then, and otherwise none of its flow.
-        `key` may grow meanwhile. At most `most` that stay are handed out."""
-        stayed = 0
-        order = count()
-        heap = [(key(flow), next(order), flow) for flow in self._flows.values()]
-        heapq.heapify(heap)
-        while heap and stayed < most:
-            before, _, flow = heapq.heappop(heap)
-            now = key(flow)
-            if now > before:
-                heapq.heappush(heap, (now, next(order), flow))
-                continue
-            head = flow.head
-            yield head
-            if flow and flow.head is not head:
-                heapq.heappush(heap, (key(flow), next(order), flow))
-            stayed += bool(flow) and flow.head is head
+    def line(self, most: int, key: Callable[[Flow], Key]) -> Line:
+        """The first flows, so many at most."""
+        return Line(heapq.nsmallest(most, self._flows.values(), key=key), key)
 
     def _flow_of(self, sequence: Sequence) -> Flow:
         return self._flows.setdefault(flow_name(sequence), Flow(sequence))

@@ -42,13 +42,16 @@ class Fair(Policy):
         least: dict[str, float] = {}
         for flow in flows:
             if flow.tenant:
-                served = self._adapter_served(flow)
+                served = self._adapters[flow.tenant][flow.refs]
                 least[flow.tenant] = min(served, least.get(flow.tenant, served))
 
         def key(flow: Flow) -> Key:
-            behind = self._adapter_served(flow) - least[flow.tenant] if flow.tenant else 0.0
-            bonus = RESIDENT_BONUS if is_resident(flow) else 0.0
-            return self._accounts[flow.account] + behind - bonus, flow.head.request.arrived
+            served = self._accounts[flow.account]
+            if flow.tenant:
+                served += self._adapters[flow.tenant][flow.refs] - least[flow.tenant]
+            if is_resident(flow):
+                served -= RESIDENT_BONUS
+            return served, flow.head.request.arrived
 
         return key
 
@@ -95,9 +98,6 @@ class Fair(Policy):
         if any(one.account == sequence.account for one in running):
             return iter(())
         return _of_flood(running, share)
-
-    def _adapter_served(self, flow: Flow) -> float:
-        return self._adapters[flow.tenant][tuple(flow.refs)]
 
 
 def _of_flood(running: Seq[Sequence], share: Share) -> Iterator[Sequence]:
