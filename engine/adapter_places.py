@@ -32,12 +32,15 @@ def adapter_places(
     # No memory: only offsets and strides are looked at.
     data = torch.empty(len(pages) * storage.shape[-1], dtype=torch.uint8, device="meta")
     sites: list[SitePlaces | None] = []
-    # Most layers have the same deltas at the same places.
-    known: dict[tuple[PackedDelta, ...], list[SitePlaces | None]] = {}
+    # Most layers have the same deltas at the same places, and share them. Compared and not hashed,
+    # which looks at all of them even where they are the same object.
+    known: list[tuple[tuple[PackedDelta, ...], list[SitePlaces | None]]] = []
     for layer, deltas in enumerate(layers):
-        if deltas not in known:
-            known[deltas] = _layer_places(layer, deltas, data, dtype)
-        sites += [site and site.in_layer(layer) for site in known[deltas]]
+        places = next((places for same, places in known if same == deltas), None)
+        if places is None:
+            places = _layer_places(layer, deltas, data, dtype)
+            known.append((deltas, places))
+        sites += [site and site.in_layer(layer) for site in places]
     return AdapterPlaces(storage, pages, sites, dtype)
 
 

@@ -19,6 +19,7 @@ from polydelta.engine.token_deltas import (
 )
 from polydelta.kernels.delta_groups import AdapterSites, SiteDeltas
 from polydelta.kernels.ops import Kernels, PagedKernels
+from polydelta.kernels.page_writing import in_one_run
 from polydelta.kernels.upload import upload
 
 
@@ -47,13 +48,15 @@ class PoolAdapter:
         self._deltas = [layer.deltas for layer in packed.layers]
         # What is bound. Of scattered pages: the layer at hand, and tokens never.
         self._layers: dict[int, LayerDeltas] = {}
-        self.changes_tokens = changes_tokens(self._deltas)
+        # Most layers share theirs.
+        different = list({id(deltas): deltas for deltas in self._deltas}.values())
+        self.changes_tokens = changes_tokens(different)
         self._tokens = None if self.changes_tokens else TokenDeltas()
-        each = [delta for deltas in self._deltas for delta in deltas]
+        each = [delta for deltas in different for delta in deltas]
         self.scales_inputs = any(isinstance(delta, PackedInputScale) for delta in each)
         self.changes_norms = any(isinstance(delta, PackedNorm) for delta in each)
         self._first = pages[0] if pages else 0
-        self._in_one_run = list(pages) == list(range(self._first, self._first + len(pages)))
+        self._in_one_run = in_one_run(pages)
         kernels.write_pages(storage, pages, [layer.data for layer in packed.layers])
         if self._in_one_run:
             self._tokens = self._of_tokens()

@@ -7,7 +7,7 @@ the rows that want it; a backend may do that for all adapters of a step in one c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -81,7 +81,7 @@ class SitePlaces:
 
     def in_layer(self, layer: int) -> SitePlaces:
         """The same places among the bytes of another decoder layer."""
-        return replace(self, layer=layer)
+        return SitePlaces(layer, self.changes, self.adds, self.biases)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polydelta.kernels.cpu import native_pages
 from polydelta.kernels.cpu.kernels import CpuKernels
 from polydelta.kernels.cpu.native import NativeLibrary, Struct
 from polydelta.kernels.cpu.native_groups import NativeSites, group
+from polydelta.kernels.cpu.native_pages import CopiedLayers
 from polydelta.kernels.cpu.panels import PanelLinear
 from polydelta.kernels.cpu.quantized_linear import QuantizedLinear
 from polydelta.kernels.cpu.recording import record
 from polydelta.kernels.delta_groups import (
+    AdapterPlaces,
     AdapterSites,
     DeltaGroup,
     DeltaSegment,
@@ -28,6 +31,7 @@ from polydelta.kernels.delta_groups import (
     SiteDeltas,
 )
 from polydelta.kernels.ops import AttentionShape, FusableLinear, RecordedStep, SequenceSlice
+from polydelta.kernels.page_writing import in_one_run
 from polydelta.kernels.quantized_weight import QuantizedWeight
 
 # As in attention.c: rows of scores that are computed together, and the widest head.
@@ -187,6 +191,33 @@ class Bfloat16Kernels(CpuKernels):
 
     def bind_sites(self, sites: Sequence[SiteDeltas | None]) -> AdapterSites:
         return NativeSites(sites, self._library)
+
+    def bind_pages(self, places: AdapterPlaces, others: AdapterSites) -> AdapterSites:
+        """See `ops.PagedKernels`."""
+        paged = native_pages.bind_pages(places, others)
+        if paged is not None:
+            return paged
+        if in_one_run(places.pages):
+            return self.bind_sites([others[site] for site in range(len(places.sites))])
+        copied = CopiedLayers(places, others)
+        return NativeSites(self._bound_to(copied, places), self._library, copied)
+
+    def _bound_to(self, copied: CopiedLayers, places: AdapterPlaces) -> list[SiteDeltas | None]:
+        """Its sites; layers with the same deltas at the same places share theirs."""
+        known: dict[int, SiteDeltas] = {}
+        bound: list[SiteDeltas | None] = []
+        for site in places.sites:
+            if site is not None and id(site.adds) not in known:
+                known[id(site.adds)] = SiteDeltas(
+                    [self.change_output(copied.placed(weights)) for weights in site.changes],
+                    [self.add_delta(copied.placed(weights)) for weights in site.adds],
+                    [copied.placed(bias) for bias in site.biases],
+                )
+            bound.append(None if site is None else known[id(site.adds)])
+        return bound
+
+    def write_pages(self, storage: Tensor, pages: Sequence[int], layers: Sequence[Tensor]) -> None:
+        native_pages.write_pages(self._pool, storage, pages, layers)
 
     def group_deltas(self, segments: Sequence[DeltaSegment]) -> DeltaGroup:
         return group(self._pool, segments)

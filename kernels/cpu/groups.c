@@ -17,50 +17,12 @@ enum {
     OTHER_ROWS = 16,
 };
 
-typedef void (*ApplyDelta)(uint16_t *y, int64_t y_stride, const uint16_t *x, int64_t x_stride,
-                           int64_t rows, int64_t in, const void *delta, float *scratch);
-
-typedef struct {
-    ApplyDelta apply; /* NULL where `delta` is a LowRank */
-    const void *delta;
-    int64_t per_number, per_row, per_column, once; /* floats of scratch, see native_deltas.py */
-} Delta;
-
-/* What one adapter does to one linear layer. */
-typedef struct {
-    int64_t low_rank; /* whether all its deltas are */
-    int64_t num_deltas;
-    const Delta *deltas;
-} Site;
-
-typedef struct {
-    int64_t start, rows; /* of the step */
-    int64_t turn;        /* segments with the same rows have different turns */
-    const Site *const *sites;
-    double weight; /* of what low-rank deltas add */
-} Segment;
-
-/* Those of a step; another step's may take their place between two calls. */
-typedef struct {
-    const Segment *segments;
-    int64_t num_segments, num_turns;
-} Segments;
-
-typedef struct {
-    const Segments *of;
-    int64_t site;
-    uint16_t *y; /* [rows, out] */
-    int64_t y_stride;
-    const uint16_t *x; /* [rows, in] */
-    int64_t x_stride;
-    int64_t in;
-} Group;
-
 /* One adapter's delta in a turn. */
 typedef struct {
     const Segment *segment;
     const Site *site;
     const LowRank *low_rank; /* NULL for deltas of other kinds */
+    Pages pages;             /* that it is in */
     uint16_t *shrunk; /* [rows, rank + 1]: the last is a pair's other half */
     int64_t first_item, items_across;
 } Entry;
@@ -71,24 +33,6 @@ typedef struct {
     int64_t num_entries;
     int expanding; /* the second half of a turn */
 } Turn;
-
-enum { SCRATCH, ENTRIES, SHRUNK, SHRUNK_WHOLE, NUM_KEPT };
-
-/* Memory of a thread that grows and stays. */
-static void *keep(int which, size_t bytes) {
-    static __thread struct {
-        void *memory;
-        size_t bytes;
-    } kept[NUM_KEPT];
-    if (kept[which].bytes < bytes) {
-        free(kept[which].memory);
-        kept[which].memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
-        kept[which].bytes = bytes;
-    }
-    return kept[which].memory;
-}
-
-static inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 /* Sets `items_across` to the items for the same rows; returns all items of an entry. */
 static int64_t count_items(Entry *entry, int expanding) {
@@ -145,21 +89,22 @@ static void turn_item(const void *task, int64_t item) {
         return;
     }
     const int64_t width = of->rank + 1;
+    const PagedLowRank paged = {of, &entry->pages};
     uint16_t *y = group->y + segment->start * group->y_stride;
     const uint16_t *x = group->x + segment->start * group->x_stride;
     if (segment->rows <= WHOLE_ROWS) {
         const Block *block = of->blocks + across;
         const int64_t first = block->rank_start, last = first + block->rank;
         uint16_t *shrunk = keep(SHRUNK_WHOLE, WHOLE_ROWS * (width + 4) * sizeof *shrunk);
-        shrink(shrunk, width, x, group->x_stride, segment->rows, of, first, last, group->in,
+        shrink(shrunk, width, x, group->x_stride, segment->rows, paged, first, last, group->in,
                segment->weight);
-        for (int64_t r = 0; r < block->rank; r++)
-            touch(block->b_t + r * block->b_stride, block->out_features);
-        expand(y, group->y_stride, shrunk, width, segment->rows, block, 0, block->out_features);
+        touch_block(block, &entry->pages);
+        expand(y, group->y_stride, shrunk, width, segment->rows, block, &entry->pages, 0,
+               block->out_features);
     } else if (!turn->expanding) {
         const int64_t row = down * SHRINK_ROWS, first = across * SHRINK_RANKS;
         shrink(entry->shrunk + row * width, width, x + row * group->x_stride, group->x_stride,
-               least(SHRINK_ROWS, segment->rows - row), of, first,
+               least(SHRINK_ROWS, segment->rows - row), paged, first,
                least(first + SHRINK_RANKS, of->rank), group->in, segment->weight);
     } else {
         const Block *block = of->blocks;
@@ -167,7 +112,7 @@ static void turn_item(const void *task, int64_t item) {
             across -= parts((block++)->out_features, EXPAND_COLUMNS);
         const int64_t row = down * EXPAND_ROWS, column = across * EXPAND_COLUMNS;
         expand(y + row * group->y_stride, group->y_stride, entry->shrunk + row * width, width,
-               least(EXPAND_ROWS, segment->rows - row), block, column,
+               least(EXPAND_ROWS, segment->rows - row), block, &entry->pages, column,
                least(column + EXPAND_COLUMNS, block->out_features));
     }
 }
@@ -196,13 +141,16 @@ static int collect(Turn *turn, int64_t number, int64_t depth) {
     turn->num_entries = 0;
     for (int64_t i = 0; i < of->num_segments; i++) {
         const Segment *segment = of->segments + i;
-        const Site *site = segment->sites[turn->group->site];
+        const Adapter *adapter = segment->adapter;
+        const Bound *bound = adapter->sites + turn->group->site;
+        const Site *site = bound->site;
         if (segment->turn != number || !site) continue;
         const int64_t deltas = site->low_rank ? site->num_deltas : 1;
         more |= depth + 1 < deltas;
         if (depth >= deltas) continue;
         const LowRank *low_rank = site->low_rank ? site->deltas[depth].delta : NULL;
-        turn->entries[turn->num_entries++] = (Entry){segment, site, low_rank, NULL, 0, 0};
+        turn->entries[turn->num_entries++] =
+            (Entry){segment, site, low_rank, pages_of(adapter, bound), NULL, 0, 0};
         if (low_rank && segment->rows > WHOLE_ROWS) numbers += segment->rows * (low_rank->rank + 1);
     }
     uint16_t *shrunk = keep(SHRUNK, (numbers + 4) * sizeof *shrunk);
@@ -221,6 +169,7 @@ static Turn begin_turn(const Group *group) {
 
 /* What follows one another on the same rows: segments by their turns, and each one's deltas. */
 void polydelta_add_group(Pool *pool, const Group *group) {
+    copy_layers(pool, group);
     Turn turn = begin_turn(group);
     for (int64_t number = 0; number < group->of->num_turns; number++)
         for (int64_t depth = 0, more = 1; more; depth++) {
@@ -246,7 +195,7 @@ static void expand_finished(const void *with, int64_t row, int64_t rows, int64_t
             const int64_t right = least(stop - block->out_start, block->out_features);
             expand(group->y + first * group->y_stride, group->y_stride,
                    entry->shrunk + (first - segment->start) * width, width, last - first, block,
-                   left, right);
+                   &entry->pages, left, right);
         }
     }
 }
@@ -256,19 +205,22 @@ typedef struct {
     Group group;
 } GroupProduct;
 
-/* A product and what adapters add to it. Of many rows y is too large for a cache: where low-rank
- * deltas are all there is, they are added while it is computed. */
+/* A product and what adapters add to it. Of few rows, their bytes are fetched meanwhile. Of many, y
+ * is too large for a cache: where low-rank deltas are all there is, they are added while it is
+ * computed. */
 void polydelta_multiply_group(Pool *pool, const GroupProduct *both) {
     const Group *group = &both->group;
+    copy_layers(pool, group);
     Turn turn = begin_turn(group);
-    int fused = group->of->num_turns == 1 && !collect(&turn, 0, 0);
+    int fused = both->product.rows > FEW_ROWS && group->of->num_turns == 1 && !collect(&turn, 0, 0);
     for (int64_t i = 0; i < turn.num_entries; i++)
         fused &= turn.entries[i].low_rank && turn.entries[i].segment->rows > WHOLE_ROWS;
     if (!fused) {
-        polydelta_multiply(pool, &both->product);
+        const Runs ahead = list_runs(group);
+        multiply(pool, &both->product, NULL, NULL, &ahead);
         polydelta_add_group(pool, group);
         return;
     }
     share(pool, turn_item, &turn, number_items(&turn));
-    multiply(pool, &both->product, expand_finished, &turn);
+    multiply(pool, &both->product, expand_finished, &turn, &NO_RUNS);
 }

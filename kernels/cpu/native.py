@@ -36,8 +36,8 @@ _SOURCES = (
     "bfloat16.c", "low_rank.c", "quantized_low_rank.c", "deltas.c", "one_bit.c", "fusing.c",
 )  # fmt: skip
 _DECODER_SOURCES = (
-    "threads.c", "lanes.c", "products.c", "quantized.c", "layers.c", "attention.c",
-    "shrink_expand.c", "groups.c",
+    "threads.c", "lanes.c", "products.c", "quantized.c", "layers.c", "attention.c", "pages.c",
+    "shrink_expand.c", "step_adapters.c", "groups.c",
 )  # fmt: skip
 _DELTAS = (
     "add_low_rank", "add_quantized_low_rank", "add_sparse", "add_columns", "add_rows",
@@ -45,7 +45,8 @@ _DELTAS = (
 )  # fmt: skip
 _DECODER = (
     "multiply", "multiply_quantized", "pack", "rms_norm", "embed_positions", "silu_mul", "add",
-    "gather", "store_kv", "attend", "add_group", "multiply_group", "argmax", "replay",
+    "gather", "store_kv", "attend", "write_pages", "add_group", "multiply_group", "argmax",
+    "replay",
 )  # fmt: skip
 # Sums may be taken in any order, or no loop of them becomes vectors. Not -ffast-math: a library
 # linked with it switches subnormal numbers off in the whole process when it is loaded.

@@ -11,33 +11,46 @@ from torch import Tensor
 from polydelta.kernels.cpu.deltas import FewRowsDelta, NativeChange
 from polydelta.kernels.cpu.native import Field, NativeLibrary, NativePool, Struct, float_bits
 from polydelta.kernels.cpu.native_deltas import NativeDelta, bind_bias
+from polydelta.kernels.cpu.native_pages import CopiedLayers, PagedSites
 from polydelta.kernels.cpu.panels import PanelLinear
 from polydelta.kernels.delta_groups import DeltaGroup, DeltaSegment, Linear, SegmentLoop, SiteDeltas
 
-# As in products.c.
-FEW_ROWS = 48
 # Where the compiled kernels know no bound.
 _ANY_NUMBER = 2**62
 
 
 class NativeSites:
-    """An adapter's deltas in the structs that `groups.c` reads."""
+    """An adapter's deltas in the structs that `step_adapters.c` describes."""
 
-    def __init__(self, sites: Sequence[SiteDeltas | None], library: NativeLibrary) -> None:
-        self._sites = sites
+    def __init__(
+        self,
+        sites: Sequence[SiteDeltas | None],
+        library: NativeLibrary,
+        copied: CopiedLayers | None = None,
+    ) -> None:
+        """copied: where it lies in the pool, if the deltas are bound to a copy of one layer."""
+        self._sites = sites if copied is None else copied.others
         # Whether a weight in a sum can be given, numbers of all matrices, and rows at most.
         self.only_low_rank = True
         self.size = 0
         self.most_rows = _ANY_NUMBER
-        structs = [None if deltas is None else self._struct(deltas, library) for deltas in sites]
-        self._table = Struct(structs)
+        layers = [0] * len(sites) if copied is None else copied.layers
+        # Layers may share theirs.
+        known: dict[int, Struct | None] = {id(None): None}
+        bound: list[Field] = []
+        for deltas, layer in zip(sites, layers, strict=True):
+            if deltas is not None and id(deltas) not in known:
+                known[id(deltas)] = self._struct(deltas, library)
+            bound += (known[id(deltas)], layer)
+        where = (None, 0, None, 0, 0, None, None) if copied is None else copied.fields
+        self._adapter = Struct((Struct(bound), *where))
 
     def __getitem__(self, site: int) -> SiteDeltas | None:
         return self._sites[site]
 
     @property
     def address(self) -> int:
-        return self._table.address
+        return self._adapter.address
 
     def _struct(self, deltas: SiteDeltas, library: NativeLibrary) -> Struct | None:
         """None where torch must compute them."""
@@ -60,7 +73,7 @@ class NativeSites:
             function = None if low_rank else delta.function
             fields += (function, delta.struct)
             fields += (scratch.per_number, scratch.per_row, scratch.per_column, scratch.once)
-        return Struct((low_rank, len(each), Struct(fields)))
+        return Struct((low_rank, len(each), Struct(fields), 0, 0))
 
 
 class NativeGroup:
@@ -70,7 +83,7 @@ class NativeGroup:
     def __init__(
         self, pool: NativePool, fast: Sequence[DeltaSegment], others: Sequence[DeltaSegment]
     ) -> None:
-        """fast: their sites are NativeSites."""
+        """fast: their sites are NativeSites or PagedSites."""
         self._pool = pool
         # What applies nothing has no call that a replay could repeat for another.
         self.recordable = bool(fast) and not others
@@ -83,7 +96,7 @@ class NativeGroup:
         fields: list[int] = []
         for segment in fast:
             rows, sites = segment.stop - segment.start, segment.sites
-            address = sites.address if isinstance(sites, NativeSites) else 0
+            address = sites.address if isinstance(sites, NativeSites | PagedSites) else 0
             fields += (segment.start, rows, turns[segment.start], address)
             fields.append(float_bits(segment.weight))
             turns[segment.start] += 1
@@ -96,8 +109,7 @@ class NativeGroup:
         self._struct.assume(other._struct)
 
     def multiply(self, site: int, linear: Linear, x: Tensor) -> Tensor:
-        # Of few rows y stays in a cache.
-        if self._others or len(x) <= FEW_ROWS or not isinstance(linear, PanelLinear):
+        if self._others or not isinstance(linear, PanelLinear):
             y = linear(x)
             self.apply(site, y, x)
             return y
@@ -127,12 +139,12 @@ def group(pool: NativePool, segments: Sequence[DeltaSegment]) -> DeltaGroup:
 
 def _size(segment: DeltaSegment) -> int:
     sites = segment.sites
-    return sites.size if isinstance(sites, NativeSites) else 0
+    return sites.size if isinstance(sites, NativeSites | PagedSites) else 0
 
 
 def _is_fast(segment: DeltaSegment) -> bool:
     sites = segment.sites
-    return (
+    return isinstance(sites, PagedSites) or (
         isinstance(sites, NativeSites)
         and segment.stop - segment.start <= sites.most_rows
         and (segment.weight == 1.0 or sites.only_low_rank)
