@@ -19,6 +19,8 @@ from benchmarks.http_work import BAD_ANSWER, COMPLETIONS, TOKEN_IDS
 from load_tests.workload import Request
 
 SHOWN_CHARACTERS = 300
+# The server with each tenant's key; "": with that of all other requests.
+Endpoints = Mapping[str, Endpoint]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Record:
     token_times: tuple[float, ...] = ()
     # Why it was not served.
     error: str | None = None
+    tenant: str = ""
 
     @property
     def served(self) -> bool:
@@ -100,7 +103,7 @@ def plan(
 
 
 async def drive(
-    endpoint: Endpoint, planned: Sequence[Planned], advance: Callable[[], None] = lambda: None
+    endpoints: Endpoints, planned: Sequence[Planned], advance: Callable[[], None] = lambda: None
 ) -> list[Record]:
     """Open loop: each request is sent when it is due, however many are in flight. advance: called
     when one ends."""
@@ -108,12 +111,12 @@ async def drive(
     async with asyncio.TaskGroup() as group:
         for one in planned:
             await asyncio.sleep(one.request.at - clock.now())
-            sending.append(group.create_task(_send(endpoint, one, clock, one.request.at, advance)))
+            sending.append(group.create_task(_send(endpoints, one, clock, one.request.at, advance)))
     return [task.result().record() for task in sending]
 
 
 async def drive_closed(
-    endpoint: Endpoint,
+    endpoints: Endpoints,
     planned: Sequence[Planned],
     in_flight: int,
     advance: Callable[[], None] = lambda: None,
@@ -124,7 +127,7 @@ async def drive_closed(
 
     async def client() -> None:
         for one in waiting:
-            ended.append(await _send(endpoint, one, clock, clock.now(), advance))
+            ended.append(await _send(endpoints, one, clock, clock.now(), advance))
 
     async with asyncio.TaskGroup() as group:
         for _ in range(in_flight):
@@ -193,12 +196,13 @@ class Sent:
             self.sent,
             self.ended,
             status,
+            tenant=request.tenant,
             **fields,
         )
 
 
 async def _send(
-    endpoint: Endpoint,
+    endpoints: Endpoints,
     one: Planned,
     clock: Clock,
     scheduled: float,
@@ -207,6 +211,7 @@ async def _send(
     sent = clock.now()
     answer: Answer | str
     try:
+        endpoint = endpoints.get(one.request.tenant) or endpoints[""]
         answer = await endpoint.post(COMPLETIONS, one.body)
         ended = answer.began - clock.began + answer.seconds
     except OSError as problem:

@@ -138,4 +138,22 @@ def figures(records: Sequence[Record], bound: float, edge: float) -> dict[str, A
         "jain_fairness": None if fairness is None else round(fairness, 4),
         "max_over_min_service": None if spread is None else round(spread, 3),
         "lateness_ms": percentiles(late),
+        "tenants": tenants(records, bound),
+    }
+
+
+def tenants(records: Iterable[Record], bound: float) -> dict[str, Any]:
+    """By tenant, where there are any."""
+    by_tenant = defaultdict(list)
+    for one in records:
+        if one.tenant:
+            by_tenant[one.tenant].append(one)
+    return {
+        tenant: {
+            "requests": len(asked),
+            "outcomes": outcomes(asked),
+            "first_token_ms": percentiles([one.first_token for one in asked if one.served]),
+            "slo_attainment": round(attainment(asked, bound), 4),
+        }
+        for tenant, asked in by_tenant.items()
     }

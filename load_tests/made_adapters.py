@@ -73,6 +73,7 @@ def make(
         folder.mkdir(parents=True, exist_ok=True)
         # Only a whole set gets its name.
         with TemporaryDirectory(dir=folder) as begun:
+            (Path(begun) / wanted.name).mkdir()
             cutters = {rank: Cutter(rank, wanted.modules) for rank in set(wanted.ranks)}
             for number in range(wanted.count):
                 cutters[wanted.rank(number)].write(

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from load_tests.comparisons import Compared
 from load_tests.plots import draw
-from load_tests.summary import PAGE_COLUMNS, page_cells
+from load_tests.plots_of_ratios import draw_ratios
+from load_tests.summary import PAGE_COLUMNS, RATIO_COLUMNS, page_cells, ratio_cells
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -54,11 +56,16 @@ svg {{ display: block; width: 100%; height: auto; margin-top: 12px; }}
 """
 
 
-def make_page(results: Sequence[Mapping[str, Any]], about: str = "") -> str:
-    """results: lines of a results file, at least one. about: what the suite is for."""
+def make_page(
+    results: Sequence[Mapping[str, Any]], about: str = "", compared: Sequence[Compared] = ()
+) -> str:
+    """results: lines of a results file, at least one. about: what the suite is for. compared: then
+    runs stand there several times, of which the first is drawn."""
     suites = dict.fromkeys(one["suite"] for one in results)
-    sections = [_section("Summary", _summary(results))]
-    for plot in draw(results):
+    sections = [_section("Ratios", _ratios(compared))] if compared else []
+    sections.append(_section("Summary", _summary(results)))
+    drawn = list({one["run"]: one for one in reversed(results)}.values())[::-1]
+    for plot in draw(drawn if compared else results):
         caption = f'<p class="caption">{escape(plot.caption)}</p>'
         sections.append(_section(plot.title, caption + plot.svg()))
     sections.append(_section("Where", _where(results)))
@@ -79,6 +86,16 @@ def _summary(results: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f"<th>{_lines(column)}</th>" for column in PAGE_COLUMNS)
     caption = "Percentiles are p50 / p90 / p99 of served requests; service is over all requests."
     return f'<p class="caption">{caption}</p><table><tr>{head}</tr>{_rows(rows)}</table>'
+
+
+def _ratios(compared: Sequence[Compared]) -> str:
+    plot = draw_ratios(compared)
+    head = "".join(f"<th>{_lines(column)}</th>" for column in (*RATIO_COLUMNS, "figure"))
+    rows = _rows([[*ratio_cells(one), one.comparison.figure] for one in compared])
+    return (
+        f'<p class="caption">{escape(plot.caption)}</p>{plot.svg()}'
+        f"<table><tr>{head}</tr>{rows}</table>"
+    )
 
 
 def _where(results: Sequence[Mapping[str, Any]]) -> str:
@@ -117,7 +134,7 @@ def _workload(told: Mapping[str, Any]) -> str:
         for name, value in told.items()
         if name != "kind"
     )
-    return f"{told['kind']}({', '.join(facts)})"
+    return f"{told.get('kind', '')}({', '.join(facts)})"
 
 
 def _rows(rows: Sequence[Sequence[str]]) -> str:

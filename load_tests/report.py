@@ -2,6 +2,7 @@
 
     python -m load_tests.report                        # the short suite
     python -m load_tests.report scale --only 2,000     # some runs of another one
+    python -m load_tests.report pressure --only pool   # some comparisons
     python -m load_tests.report --url http://127.0.0.1:8000
     python -m load_tests.report --trace trace.jsonl    # arrivals, adapters and lengths of a file
     python -m load_tests.report --from results.jsonl   # the page once more
@@ -9,7 +10,8 @@
 A server is started for each run, or the one at --url is asked: then with the adapters that it
 lists, whatever the suite says of server and adapters. Leaves `results.jsonl`, a line for each run
 with all of its configuration, requests and time series, and `report.html` in one folder; results
-that are there already stay, and are shown with the new ones.
+that are there already stay, and are shown with the new ones. `brief.jsonl` has the same with less
+of each request, to be committed, and a line for each comparison of the suite.
 """
 
 from __future__ import annotations
@@ -38,14 +40,19 @@ from rich.progress import (
 from benchmarks.http_client import Endpoint
 from benchmarks.served import served
 from load_tests import made_adapters
+from load_tests.brief import write_brief
+from load_tests.comparisons import compare
 from load_tests.measuring import measure
 from load_tests.page import make_page
 from load_tests.results import git_revision, read_lines, result, write_line
-from load_tests.suites import SUITES, Run, Suite
-from load_tests.summary import table
+from load_tests.run import Run
+from load_tests.suites import SUITES
+from load_tests.suites.suite import Suite
+from load_tests.summary import table, table_of_ratios
 
 BUILD = Path(__file__).parents[1] / "build" / "load_tests"
-RESULTS, PAGE = "results.jsonl", "report.html"
+STORE = BUILD / "store"
+RESULTS, BRIEF, PAGE = "results.jsonl", "brief.jsonl", "report.html"
 
 
 def run_suite(
@@ -69,10 +76,10 @@ def run_suite(
         for number, run in enumerate(suite.runs, start=1):
             title = f"{number}/{len(suite.runs)}  {run.name}"
             task = progress.add_task(f"{title}: starting", total=None)
-            if url is not None:  # whose options are not ours to set
-                run = replace(run, server=())
+            if url is not None:  # whose options and keys are not ours to set
+                run = replace(run, server=(), tenant_keys=(), api_key=None)
             with _server(run, url) as server:
-                endpoint = Endpoint(server["url"], api_key)
+                endpoint = Endpoint(server["url"], api_key or run.api_key)
                 total = len(run.workload.requests())
                 progress.update(task, description=f"{title}: warming up", total=total)
                 advance = _advancer(progress, task, title)
@@ -96,9 +103,9 @@ def _server(run: Run, url: str | None) -> Iterator[dict[str, Any]]:
     if url is not None:
         yield {"url": url, "about": url}
         return
-    adapters = run.adapter_set
-    folder = ("--adapters", str(made_adapters.make(adapters))) if adapters else ()
-    arguments = shlex.join((*run.server, *folder))
+    folder = made_adapters.make(run.adapter_set)
+    # One store for all runs: each adapter is packed once.
+    arguments = shlex.join((*run.server, "--adapters", str(folder), "--store", str(STORE)))
     with served(arguments) as started:
         yield {
             "url": started.url,
@@ -115,20 +122,25 @@ def _machine() -> dict[str, Any]:
 
 
 def write_page(folder: Path, lines: list[dict[str, Any]], console: Console) -> None:
+    """And the brief results."""
     name = lines[0]["suite"]
-    about = SUITES[name].about if name in SUITES else ""
+    suite = SUITES.get(name, Suite("", ()))
+    compared = compare(suite.comparisons, lines)
     folder.mkdir(parents=True, exist_ok=True)
+    write_brief(folder / BRIEF, name, lines, compared)
     page = folder / PAGE
-    page.write_text(make_page(lines, about))
+    page.write_text(make_page(lines, suite.about, compared))
     console.print(table(lines, f"Load test: {name}"))
+    if compared:
+        console.print(table_of_ratios(compared))
     console.print(f"The report is {page}", soft_wrap=True, highlight=False)
 
 
 def show_suites(console: Console) -> None:
     for name, suite in SUITES.items():
         console.print(f"[bold]{name}[/]: {suite.about}", highlight=False)
-        for run in suite.runs:
-            console.print(f"    {run.name}", markup=False, highlight=False)
+        for one in suite.comparisons or suite.runs:
+            console.print(f"    {one.name}", markup=False, highlight=False)
 
 
 def main(
@@ -140,7 +152,7 @@ def main(
         str | None, typer.Option(help="Of a server that runs; it is asked as it is.")
     ] = None,
     api_key: Annotated[str | None, typer.Option(help="Sent to that as a bearer token.")] = None,
-    only: Annotated[str, typer.Option(help="Runs with this in their names.")] = "",
+    only: Annotated[str, typer.Option(help="Runs, or comparisons, with this in their names.")] = "",
     trace: Annotated[
         Path | None,
         typer.Option(help="A recorded trace to replay instead, .jsonl or .csv.", dir_okay=False),
@@ -174,7 +186,7 @@ def _choose(name: str, only: str, trace: Path | None) -> Suite:
         raise ValueError(f"There is no suite {name!r}: {', '.join(SUITES)}.")
     chosen = SUITES[name].only(only)
     if not chosen.runs:
-        raise ValueError(f"Suite {name!r} has no run with {only!r} in its name.")
+        raise ValueError(f"Suite {name!r} has nothing with {only!r} in its name.")
     return chosen if trace is None else chosen.replaying(trace)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 from load_tests.driver import Record, failures
 from load_tests.figures import figures, services
 from load_tests.measuring import Outcome
+from load_tests.run import Run
 from load_tests.scrape import Series
-from load_tests.suites import Run
+from load_tests.workload import Tenants
 
 SHOWN_FAILURES = 3
 # Counters of the server; a result has by how much each grew.
@@ -28,7 +29,9 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 def _describe(workload: Any) -> dict[str, Any]:
     found = {"kind": type(workload).__name__} | asdict(workload)
-    for name in ("of", "popularity"):
+    if isinstance(workload, Tenants):
+        return found | {"of": {tenant: _describe(each) for tenant, each in workload.of}}
+    for name in ("of", "popularity", "first", "then"):
         if hasattr(workload, name):
             found[name] = _describe(getattr(workload, name))
     return found
@@ -85,6 +88,7 @@ def _columns(records: Sequence[Record]) -> dict[str, list[Any]]:
     return {
         "scheduled": [round(one.scheduled, 4) for one in records],
         "adapter": [one.adapter for one in records],
+        "tenant": [one.tenant for one in records],
         "prompt_tokens": [one.prompt_tokens for one in records],
         "output_tokens": [one.tokens for one in records],
         "status": [one.status for one in records],
@@ -98,14 +102,16 @@ def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 5)
 
 
-def write_line(path: Path, line: dict[str, Any]) -> None:
+def write_line(path: Path, line: Mapping[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps(line, default=str) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Raises ValueError for a file with no results in it."""
+    """The runs' lines; those of comparisons are made again from them. Raises ValueError for a file
+    with no results in it."""
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    if not lines or not all(isinstance(line, dict) and "figures" in line for line in lines):
+    runs = [line for line in lines if isinstance(line, dict) and "figures" in line]
+    if not runs:
         raise ValueError(f"{path} has no results of load tests.")
-    return lines
+    return runs

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
+
+from load_tests.comparisons import Compared
 
 Result = Mapping[str, Any]
 
@@ -40,6 +43,8 @@ TERMINAL_COLUMNS = (
     "satisf.",
     "Jain",
 )
+
+RATIO_COLUMNS = ("", "ratio", "of turns", "one", "other", "bar", "")
 
 
 def page_cells(one: Result) -> list[str]:
@@ -77,6 +82,29 @@ def table(results: Sequence[Result], title: str) -> Table:
         shown.add_column(column, justify="right" if place else "left", no_wrap=place > 0)
     for one in results:
         shown.add_row(*map(escape, terminal_cells(one)))
+    return shown
+
+
+def ratio_cells(one: Compared) -> list[str]:
+    """One for each of the columns: the medians, what lies between the turns, and the bar."""
+    verdict = {True: "met", False: "missed", None: ""}[one.met]
+    return [
+        one.comparison.name,
+        f"{one.ratio:.3g}",
+        f"{min(one.ratios):.3g} - {max(one.ratios):.3g}",
+        f"{statistics.median(one.values):.4g}",
+        f"{statistics.median(one.against):.4g}" if one.against else "",
+        one.comparison.bar,
+        verdict,
+    ]
+
+
+def table_of_ratios(compared: Sequence[Compared]) -> Table:
+    shown = Table(title="Ratios", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for place, column in enumerate(RATIO_COLUMNS):
+        shown.add_column(column, justify="right" if place else "left", no_wrap=place > 0)
+    for one in compared:
+        shown.add_row(*map(escape, ratio_cells(one)))
     return shown
 
 

@@ -26,6 +26,8 @@ class Request:
     adapter: int | None
     prompt_tokens: int
     max_tokens: int
+    # Who asks; "" where the server knows no tenants.
+    tenant: str = ""
 
 
 class Workload(Protocol):
@@ -150,3 +152,49 @@ class Bursts:
         ends = [0.0, self.lasting * self.factor, self.every]
         moved = np.interp(within, ends, [0.0, self.lasting, self.every])
         return np.asarray(periods * self.every + moved)
+
+
+@dataclass(frozen=True)
+class Tenants:
+    """Several tenants' workloads at the same time. The adapters of each follow those of the one
+    before: none is asked for by two."""
+
+    of: tuple[tuple[str, Workload], ...]
+
+    @property
+    def adapters(self) -> int:
+        return sum(workload.adapters for _, workload in self.of)
+
+    @property
+    def duration(self) -> float:
+        return max(workload.duration for _, workload in self.of)
+
+    def requests(self) -> list[Request]:
+        found, first = [], 0
+        for tenant, workload in self.of:
+            for one in workload.requests():
+                adapter = None if one.adapter is None else first + one.adapter
+                found.append(replace(one, adapter=adapter, tenant=tenant))
+            first += workload.adapters
+        return sorted(found, key=lambda one: one.at)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """One workload after the other, over the same adapters."""
+
+    first: Workload
+    then: Workload
+
+    @property
+    def adapters(self) -> int:
+        return max(self.first.adapters, self.then.adapters)
+
+    @property
+    def duration(self) -> float:
+        return self.first.duration + self.then.duration
+
+    def requests(self) -> list[Request]:
+        later = [replace(one, at=one.at + self.first.duration) for one in self.then.requests()]
+        # The last of the first ones may come a little later than the first of these.
+        return sorted([*self.first.requests(), *later], key=lambda one: one.at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,8 @@ class FakeServer:
     url: str = ""
     # Bodies of completions, in the order in which they came.
     asked: list[dict[str, Any]] = field(default_factory=list)
+    # The key of each.
+    keys: list[str | None] = field(default_factory=list)
     scrapes: int = 0
     in_flight: int = 0
     most_in_flight: int = 0
@@ -70,6 +73,9 @@ class FakeServer:
         path = head.split(b" ")[1].decode()
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        if body:
+            key = re.search(rb"Authorization: Bearer (\S+)", head)
+            self.keys.append(key and key[1].decode())
         status, answer = self._answer(path, body)
         if isinstance(answer, str):
             text = answer.encode()

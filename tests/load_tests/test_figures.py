@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from load_tests.driver import Record
@@ -122,6 +124,18 @@ def test_all_figures_of_a_run():
     assert found["jain_fairness"] == pytest.approx(30.25 / 39.75, abs=1e-4)
     assert found["max_over_min_service"] == 6.0
     assert found["lateness_ms"]["p99"] == 0.0
+    assert found["tenants"] == {}
+
+
+def test_figures_of_single_tenants():
+    light = [replace(one, tenant="light") for one in RECORDS[:2]]
+    flood = [replace(one, tenant="flood") for one in RECORDS[2:4]]
+    found = figures([*flood, *light, RECORDS[4]], bound=2.0, edge=0.0)["tenants"]
+    assert found["light"]["outcomes"] == {"served": 2}
+    assert found["light"]["first_token_ms"]["p90"] == 3000.0
+    assert found["light"]["slo_attainment"] == 0.5
+    assert (found["flood"]["requests"], found["flood"]["slo_attainment"]) == (2, 0.0)
+    assert found["flood"]["outcomes"] == {"served": 1, "503": 1}
 
 
 def test_a_run_of_which_nothing_was_served_has_figures_too():

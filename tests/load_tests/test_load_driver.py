@@ -22,7 +22,7 @@ def requests(count: int, every: float = 0.02) -> list[Request]:
 
 
 def send(server: Any, planned: list[Planned]) -> list[Record]:
-    return asyncio.run(drive(Endpoint(server.url), planned))
+    return asyncio.run(drive({"": Endpoint(server.url)}, planned))
 
 
 def test_a_plan_asks_the_right_models_for_the_right_lengths():
@@ -38,7 +38,7 @@ def test_a_plan_asks_the_right_models_for_the_right_lengths():
 def test_every_request_is_sent_at_its_time_however_many_are_in_flight(fake_server):
     planned = plan(requests(9), "base", NAMES, seed=0)
     ended = []
-    records = asyncio.run(drive(Endpoint(fake_server.url), planned, lambda: ended.append(1)))
+    records = asyncio.run(drive({"": Endpoint(fake_server.url)}, planned, lambda: ended.append(1)))
     assert len(ended) == 9
     assert Counter(body["model"] for body in fake_server.asked) == {
         "base": 3,
@@ -81,18 +81,26 @@ def test_refusals_and_broken_answers_are_outcomes_of_their_requests(fake_server,
 
 def test_a_server_that_is_not_there_is_an_outcome():
     planned = plan(requests(2), "base", NAMES, seed=0)
-    records = asyncio.run(drive(Endpoint("http://127.0.0.1:9"), planned))
+    records = asyncio.run(drive({"": Endpoint("http://127.0.0.1:9")}, planned))
     assert [(one.status, one.served, one.token_times) for one in records] == [(0, False, ())] * 2
     assert next(failures(records)).startswith("no answer: ConnectionRefusedError")
 
 
 def test_a_closed_loop_keeps_so_many_in_flight(fake_server):
     planned = plan(requests(10, every=1000.0), "base", NAMES, seed=0)
-    records = asyncio.run(drive_closed(Endpoint(fake_server.url), planned, 3))
+    records = asyncio.run(drive_closed({"": Endpoint(fake_server.url)}, planned, 3))
     assert fake_server.most_in_flight == 3
     assert len(records) == 10
     assert all(one.served and one.sent >= one.scheduled for one in records)
     assert max(one.ended for one in records) < 100
+
+
+def test_a_tenant_asks_with_its_own_key(fake_server):
+    asked = [Request(0.0, None, 5, 2, tenant) for tenant in ("light", "", "keyless")]
+    endpoints = {"": Endpoint(fake_server.url, "ours"), "light": Endpoint(fake_server.url, "its")}
+    records = asyncio.run(drive_closed(endpoints, plan(asked, "base", NAMES, seed=0), 1))
+    assert fake_server.keys == ["its", "ours", "ours"]
+    assert [one.tenant for one in records] == ["light", "", "keyless"]
 
 
 def test_a_late_sender_counts_against_the_request():

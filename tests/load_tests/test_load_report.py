@@ -15,11 +15,14 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from load_tests import report
+from load_tests.comparisons import Comparison
 from load_tests.page import make_page
 from load_tests.results import read_lines
-from load_tests.suites import SUITES, Run, Suite
+from load_tests.run import Run
+from load_tests.suites import SUITES
+from load_tests.suites.suite import Suite, comparing
 from load_tests.summary import table
-from load_tests.workload import Synthetic
+from load_tests.workload import Synthetic, Tenants
 
 QUICK = Synthetic(60.0, 0.3, 3, prompt_tokens=(2, 5), output_tokens=(2, 5))
 VOID = {"br", "meta"}
@@ -30,7 +33,7 @@ def command(monkeypatch: pytest.MonkeyPatch):
     """arguments -> what the command line gives; a suite `quick` stands beside the others."""
     runs = (
         Run("open <loop>", QUICK, edge_seconds=0.05),
-        Run("closed", QUICK, in_flight=2, visit_adapters=True, edge_seconds=0.05),
+        Run("closed", QUICK, in_flight=2, visits="asked", edge_seconds=0.05),
     )
     monkeypatch.setitem(SUITES, "quick", Suite("For a test.", runs))
     monkeypatch.setattr(report, "_machine", lambda: {"cpu": "a <slow> one", "cores": 2})
@@ -179,7 +182,7 @@ def test_what_cannot_be_done_is_said_in_a_line(tmp_path: Path, command):
         return str(done.exception)
 
     assert "no suite 'long'" in said("long")
-    assert "no run with 'x'" in said("smoke", "--only", "x")
+    assert "nothing with 'x'" in said("smoke", "--only", "x")
     nothing = tmp_path / "nothing.jsonl"
     nothing.write_text("{}\n")
     assert "no results of load tests" in said("--from", nothing)
@@ -207,3 +210,72 @@ def test_results_are_json_line_by_line(tmp_path: Path, fake_server, command):
     assert command("quick", "--only", "closed", "--url", fake_server.url, "--out", tmp_path)
     (text,) = (tmp_path / report.RESULTS).read_text().splitlines()
     assert json.loads(text)["run"] == "closed"
+
+
+@pytest.fixture
+def comparing_command(monkeypatch: pytest.MonkeyPatch, command):
+    """The same with a suite that compares."""
+    closed, many = Run("closed", QUICK, in_flight=2), Run("a & b", QUICK, in_flight=8)
+    tokens = "throughput.output_tokens_per_second"
+    comparisons = (
+        Comparison("8 in flight / 2", tokens, many, closed, at_least=1e-6),
+        Comparison("what was <served>", "slo_attainment", closed, None, at_least=2.0),
+    )
+    monkeypatch.setitem(SUITES, "turns", comparing("For a test.", comparisons))
+    return command
+
+
+def test_runs_that_take_turns_leave_ratios_and_brief_results(
+    tmp_path: Path, fake_server, comparing_command
+):
+    done = comparing_command("turns", "--url", fake_server.url, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "8 in flight / 2" in done.output
+    assert "at least 2  missed" in done.output
+    runs = read_lines(tmp_path / report.RESULTS)
+    assert [one["run"] for one in runs] == ["a & b", "closed", "closed", "a & b"]
+    brief = [json.loads(text) for text in (tmp_path / report.BRIEF).read_text().splitlines()]
+    assert [one.get("met") for one in brief] == [True, False, None, None, None, None]
+    assert brief[1]["values"] == [1.0, 1.0]
+    for one, whole in zip(brief[2:], runs, strict=True):
+        assert one["figures"] == whole["figures"]
+        assert one["config"] == whole["config"]
+        for name, column in one["requests"].items():
+            assert column == pytest.approx(whole["requests"][name], abs=0.01)
+        assert one["server_counts"] == whole["server_counts"]
+    assert (tmp_path / report.BRIEF).stat().st_size < 0.8 * (
+        (tmp_path / report.RESULTS).stat().st_size
+    )
+    text = "".join(read_page((tmp_path / report.PAGE).read_text()).text)
+    assert "Ratios" in text
+    assert "what was <served>" in text
+    # Brief results make a page, too.
+    again = comparing_command("--from", tmp_path / report.BRIEF, "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    assert "8 in flight / 2" in again.output
+    assert "Ratios" in (tmp_path / "again" / report.PAGE).read_text()
+
+
+def test_a_suite_that_compares_is_chosen_from_by_comparison(comparing_command):
+    shown = comparing_command("--list").output
+    assert "8 in flight / 2" in shown
+    assert [run.name for run in SUITES["turns"].only("served").runs] == ["closed", "closed"]
+    assert SUITES["turns"].only("nothing").runs == ()
+
+
+def test_a_server_at_a_url_is_not_asked_with_the_suites_keys(
+    tmp_path: Path, fake_server, command, monkeypatch: pytest.MonkeyPatch
+):
+    load = Tenants((("light", QUICK), ("flood", QUICK)))
+    keys = (("light", "sk-light"), ("flood", "sk-flood"))
+    run = Run("two tenants", load, tenant_keys=keys, api_key="sk-operator", edge_seconds=0.05)
+    monkeypatch.setitem(SUITES, "tenants", Suite("For a test.", (run,)))
+    url = ("--url", fake_server.url, "--api-key", "mine")
+    assert command("tenants", *url, "--out", tmp_path).exit_code == 0
+    assert set(fake_server.keys) == {"mine"}
+    (line,) = read_lines(tmp_path / report.RESULTS)
+    told = line["figures"]["tenants"]
+    assert {tenant: each["outcomes"] for tenant, each in told.items()} == {
+        "light": {"served": 18},
+        "flood": {"served": 18},
+    }

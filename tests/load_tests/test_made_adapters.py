@@ -73,3 +73,7 @@ def test_a_set_is_written_once_and_only_whole(tmp_path: Path):
     assert make(wanted, fail, tmp_path) == made
     assert (made / adapter_name(2) / "adapter_model.safetensors").stat().st_mtime_ns == before
     assert sorted(path.name for path in made.iterdir()) == [adapter_name(n) for n in range(3)]
+
+
+def test_a_set_of_none_is_an_empty_folder(tmp_path: Path):
+    assert list(make(AdapterSet(0), folder=tmp_path).iterdir()) == []

@@ -10,20 +10,29 @@ import pytest
 from load_tests.made_adapters import MODULES
 from load_tests.replay import Replay
 from load_tests.results import describe_run
-from load_tests.suites import SUITES, Run
-from load_tests.workload import Bursts, Synthetic, Workload
+from load_tests.run import Run
+from load_tests.suites import SUITES
+from load_tests.workload import Bursts, Shift, Synthetic, Tenants, Workload
 
 RUNS = [(name, run) for name, suite in SUITES.items() for run in suite.runs]
 
 
-def drawn_from(workload: Workload) -> Workload:
-    return workload.of if isinstance(workload, Bursts) else workload
+def drawn_from(workload: Workload) -> list[Synthetic]:
+    """What a workload is made of."""
+    if isinstance(workload, Synthetic):
+        return [workload]
+    if isinstance(workload, Tenants):
+        parts = [each for _, each in workload.of]
+    else:
+        assert isinstance(workload, Bursts | Shift)
+        parts = [workload.of] if isinstance(workload, Bursts) else [workload.first, workload.then]
+    return [one for part in parts for one in drawn_from(part)]
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_the_runs_of_a_suite_have_names_of_their_own(name: str):
-    names = [run.name for run in SUITES[name].runs]
-    assert len(set(names)) == len(names) > 1
+def test_different_runs_of_a_suite_have_different_names(name: str):
+    runs = set(SUITES[name].runs)
+    assert len({run.name for run in runs}) == len(runs) > 1
 
 
 @pytest.mark.parametrize(("suite", "run"), RUNS, ids=[f"{name}: {run.name}" for name, run in RUNS])
@@ -31,14 +40,15 @@ def test_a_run_can_be_made_and_told(suite: str, run: Run):
     assert run.workload.requests()
     assert run.modules in MODULES
     assert len(run.server) % 2 == 0
-    adapters = run.adapter_set
-    assert (adapters.count if adapters else 0) == run.workload.adapters
-    told = json.loads(json.dumps(describe_run(run)))
-    assert told["workload"]["kind"] == type(run.workload).__name__
-    drawn = drawn_from(run.workload)
-    assert isinstance(drawn, Synthetic)
-    described = told["workload"].get("of", told["workload"])
-    assert described["popularity"]["kind"] == type(drawn.popularity).__name__
+    assert run.adapter_set.count >= run.workload.adapters
+    assert max((one.adapter or 0) for one in run.workload.requests()) < max(
+        1, run.workload.adapters
+    )
+    told = json.dumps(describe_run(run))
+    assert json.loads(told)["workload"]["kind"] == type(run.workload).__name__
+    for drawn in drawn_from(run.workload):
+        assert f'"kind": "{type(drawn.popularity).__name__}"' in told
+        assert f'"seed": {drawn.seed}' in told
 
 
 def test_the_short_suite_leaves_time_for_its_servers_in_five_minutes():
@@ -55,11 +65,11 @@ def test_the_short_suite_has_every_kind_of_load():
 
 
 def test_lengths_are_an_eighth_of_those_of_s_lora():
+    eighth = (8, 512 // 8)
     for name, run in RUNS:
-        if name != "smoke":
-            drawn = drawn_from(run.workload)
-            assert isinstance(drawn, Synthetic)
-            assert (drawn.prompt_tokens, drawn.output_tokens) == ((8, 512 // 8), (8, 512 // 8))
+        if name != "smoke" and isinstance(run.workload, Synthetic | Bursts):
+            for drawn in drawn_from(run.workload):
+                assert (drawn.prompt_tokens, drawn.output_tokens) == (eighth, eighth)
 
 
 def test_some_runs_of_a_suite_are_chosen_by_name():

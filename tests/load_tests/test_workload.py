@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from load_tests.workload import Bursts, Power, Synthetic, Zipf
+from load_tests.workload import Bursts, Power, Shift, Synthetic, Tenants, Zipf
 
 LARGE = Synthetic(rate=50.0, duration=400.0, adapters=10, prompt_tokens=(8, 64))
 
@@ -125,3 +125,30 @@ def test_a_burst_has_the_factor_times_the_rate():
 def test_bursts_that_are_none_are_refused(lasting: float, factor: float):
     with pytest.raises(ValueError, match="cannot have"):
         Bursts(LARGE, 10.0, lasting, factor)
+
+
+def test_tenants_ask_at_the_same_time_for_adapters_of_their_own():
+    light, flood = Synthetic(1.0, 20.0, 3, seed=1), Synthetic(9.0, 10.0, 4, seed=2)
+    both = Tenants((("light", light), ("flood", flood)))
+    requests = both.requests()
+    assert (both.adapters, both.duration, len(requests)) == (7, 20.0, 110)
+    assert [one.at for one in requests] == sorted(one.at for one in requests)
+    asked = {
+        tenant: {one.adapter for one in requests if one.tenant == tenant} for tenant, _ in both.of
+    }
+    assert asked == {"light": {0, 1, 2}, "flood": {3, 4, 5, 6}}
+    # As each of them asks alone.
+    alone = [replace(one, tenant="light") for one in light.requests()]
+    assert [one for one in requests if one.tenant == "light"] == alone
+
+
+def test_traffic_shifts_from_one_workload_to_another():
+    first = Synthetic(2.0, 10.0, 500, prompt_tokens=(8, 16))
+    then = Synthetic(5.0, 4.0, 3, prompt_tokens=(100, 200))
+    shift = Shift(first, then)
+    requests = shift.requests()
+    assert (shift.adapters, shift.duration, len(requests)) == (500, 14.0, 40)
+    assert [one.at for one in requests] == sorted(one.at for one in requests)
+    late = [one for one in requests if one.prompt_tokens >= 100]
+    assert len(late) == 20
+    assert all(one.at > 10.0 and one.adapter in (0, 1, 2) for one in late)
