@@ -73,7 +73,7 @@ class Admission:
         saved = self._preemption.saved_tokens(sequence)
         if saved:
             self._kv.grow(sequence, saved)
-            self._preemption.come_back(sequence, prefix)
+        self._preemption.come_back(sequence, prefix)
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes everything away; what is worth it goes to host RAM."""

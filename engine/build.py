@@ -31,7 +31,7 @@ from polydelta.engine.overload import QueueLimits
 from polydelta.engine.paged_kv import kv_page_bytes
 from polydelta.engine.policies import POLICIES
 from polydelta.engine.pools import Pools
-from polydelta.engine.preemption import Preemption
+from polydelta.engine.preemption import Preemption, Swapping
 from polydelta.engine.residency import Residency
 from polydelta.engine.runner import Runner
 from polydelta.engine.scheduler import Scheduler, SchedulerLimits
@@ -158,6 +158,9 @@ def assemble(
     prefix_caching = config.prefix_caching
     kv = KVCache(pools.kv, config.block_size, costs, prefix_caching, residency.is_doomed)
     preemption = Preemption()
+    if config.host_kv_bytes:
+        host_kv = runner.host_kv(config.host_kv_bytes, costs.observe_swap)
+        preemption = Swapping(kv, costs, host_kv)
     scheduler = Scheduler(
         SchedulerLimits(
             limits.max_batch_tokens,

@@ -46,7 +46,6 @@ class HostKV:
                 f"{num_bytes} bytes of host RAM for KV have no room for a page of it, which takes "
                 f"{self.page_bytes}: give it more, or none."
             )
-        self._allocator = PageAllocator(num_pages)
         # A page's layers lie together: one copy each, at 12 GB/s on a CPU. Gathered by index_select
         # it is 1.6 GB/s, and on a GPU takes as much memory again.
         # [host pages, layers, page_bytes]
@@ -54,6 +53,7 @@ class HostKV:
         if storage.is_cuda:
             _lock(self._memory)
             weakref.finalize(self, _unlock, self._memory).atexit = False
+        self._allocator = PageAllocator(num_pages)
         # Copies that are under way on a GPU: bytes, and events before and after.
         self._under_way: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._try_out(min(_TRIAL_PAGES, pool_pages, num_pages))

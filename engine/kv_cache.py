@@ -6,6 +6,11 @@ version under an old name finds nothing of the old one, and whoever finds a bloc
 adapter that made it. A request's salt sets it apart from those with other salts. Blocks before the
 token from which an activated LoRA acts are the base's, and shared with it.
 
+Blocks depend on each other: one that is known is found only behind all before it in its chain.
+So whoever uses a block uses those before it too, and one that leaves takes along those behind it,
+which nobody uses then. Mostly these have left already: the end of a chain is retired first, and its
+blocks are found no more often than those before them.
+
 Where an adapter puts n virtual tokens before the sequence, the first n % block_size places of the
 sequence's first page are theirs, copied from the adapter's pages. They need no hash of their own:
 the adapter's digest stands for them.
@@ -39,6 +44,9 @@ class CachedBlock:
     hash: bytes
     # Whose it is: it falls with any of these versions.
     adapters: Shares
+    # Hashes of the block before it in its chain, and of those known that come next.
+    before: bytes | None
+    behind: set[bytes] = field(default_factory=set)
     # How often another sequence found it. Whoever made it does not count: most prompts are sent
     # once, and counted they outlived adapters that everybody uses (with room for 20 adapters and
     # traffic over 20, every second request had to load its own).
@@ -118,10 +126,9 @@ class KVCache:
     def admit(self, sequence: Sequence, prefix: list[int]) -> None:
         """Gives a sequence the prefix that `find_prefix` found for it."""
         for page in prefix:
-            if page not in self._users:
-                self.pool.revive(self._by_page[page].hash)
-            self._users[page] += 1
-            self._by_page[page].hits += 1
+            block = self._by_page[page]
+            self._use(block)
+            block.hits += 1
         sequence.block_table = list(prefix)
         sequence.num_published = len(prefix)
         sequence.num_computed = self._tokens_in(sequence, len(prefix))
@@ -144,11 +151,16 @@ class KVCache:
         full = self._full_blocks(sequence, sequence.num_computed)
         for index in range(sequence.num_published, full):
             page, block_hash = sequence.block_table[index], sequence.block_hashes[index]
-            # Where another sequence was faster with the same block, this page stays private.
-            if block_hash not in self._by_hash:
-                adapters = () if self._is_of_base(sequence, index) else sequence.adapters
-                block = CachedBlock(page, block_hash, adapters)
-                self._by_page[page] = self._by_hash[block_hash] = block
+            known = self._by_hash.get(block_hash)
+            if known is None:
+                self._add(sequence, index)
+            else:
+                # Another sequence was faster with the same block: its page does for both, and is
+                # there as long as what this one publishes behind it.
+                sequence.block_table[index] = known.page
+                self._use(known)
+                del self._users[page]
+                self.pool.free([page])
         sequence.num_published = full
 
     def release(self, sequence: Sequence) -> None:
@@ -160,15 +172,14 @@ class KVCache:
                 continue
             del self._users[page]
             block = self._by_page.get(page)
-            if block is not None and any(self.is_gone(share.ref) for share in block.adapters):
-                self._forget(block, EvictionReason.DELETED)
-                block = None
-            if block is not None:
+            if block is None:
+                self.pool.free([page])
+            else:
                 cost = self.costs.prefill_seconds(self.block_size)
                 forget = partial(self._forget, block)
                 self.pool.retire(block.hash, [page], cost, block.hits, forget)
-            else:
-                self.pool.free([page])
+                if any(self.is_gone(share.ref) for share in block.adapters):
+                    self.pool.evict(block.hash, EvictionReason.DELETED)
         sequence.block_table = []
         sequence.num_computed = 0
 
@@ -176,12 +187,40 @@ class KVCache:
         """A version is gone: frees the blocks that it made and nobody uses."""
         for block in list(self._by_hash.values()):
             made_by = any(share.ref == ref for share in block.adapters)
-            if made_by and block.page not in self._users:
+            # One that stood behind another has left with it.
+            if made_by and block.hash in self._by_hash and block.page not in self._users:
                 self.pool.evict(block.hash, EvictionReason.DELETED)
 
+    def _add(self, sequence: Sequence, index: int) -> None:
+        """Makes a block of a sequence known; those before it are."""
+        page, block_hash = sequence.block_table[index], sequence.block_hashes[index]
+        adapters = () if self._is_of_base(sequence, index) else sequence.adapters
+        before = sequence.block_hashes[index - 1] if index else None
+        block = CachedBlock(page, block_hash, adapters, before)
+        self._by_page[page] = self._by_hash[block_hash] = block
+        if before is not None:
+            self._by_hash[before].behind.add(block_hash)
+
+    def _use(self, block: CachedBlock) -> None:
+        """One more block table has it."""
+        if block.page not in self._users:
+            self.pool.revive(block.hash)
+        self._users[block.page] += 1
+
     def _forget(self, block: CachedBlock, reason: EvictionReason) -> None:
+        for behind in reversed(self._all_behind(block)):
+            self.pool.evict(behind, reason)
         del self._by_hash[block.hash], self._by_page[block.page]
+        if block.before is not None:
+            self._by_hash[block.before].behind.remove(block.hash)
         self.stats.evictions[reason] += 1
+
+    def _all_behind(self, block: CachedBlock) -> list[bytes]:
+        """Hashes of the blocks behind one, each after those before it."""
+        found = list(block.behind)
+        for block_hash in found:  # it grows meanwhile
+            found += self._by_hash[block_hash].behind
+        return found
 
     def _shift(self, sequence: Sequence) -> int:
         """Places of the sequence's first page that its adapter's last virtual tokens take."""

@@ -19,6 +19,7 @@ from polydelta.engine.deltas import AdapterSegment, StepDeltas, wrap_decoder
 from polydelta.engine.fusion import Fusion, fusable_linears
 from polydelta.engine.fusion_policy import FusionPolicy
 from polydelta.engine.host_adapter import count_pages
+from polydelta.engine.host_kv import HostKV, Observe
 from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
 from polydelta.engine.pool_adapter import PoolAdapter
@@ -99,6 +100,11 @@ class Runner:
     @property
     def pool_bytes(self) -> int:
         return self._storage.nbytes
+
+    def host_kv(self, num_bytes: int, observe: Observe) -> HostKV:
+        """Host RAM for pages of this pool, made before the first of them is used. Raises
+        ModelError."""
+        return HostKV(self._storage, num_bytes, observe)
 
     def enter_thread(self) -> None:
         """To be called by the thread that runs the steps, before its first."""

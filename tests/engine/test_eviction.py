@@ -100,3 +100,21 @@ def test_measured_costs_replace_the_first_guess() -> None:
         costs.observe_load(num_bytes=1000, seconds=5.0)
     assert costs.prefill_seconds(10) == pytest.approx(0.2, rel=1e-3)
     assert costs.load_seconds(10) == pytest.approx(0.05, rel=1e-3)
+
+
+def test_swapping_costs_nothing_before_it_was_measured_so_that_it_is() -> None:
+    costs = CostModel()
+    assert costs.swap_seconds(1000) == 0
+    costs.observe_swap(num_bytes=500, seconds=2.0)
+    assert costs.swap_seconds(1000) == pytest.approx(4.0)
+
+
+def test_one_slow_copy_does_not_end_swapping_but_many_do() -> None:
+    costs = CostModel()
+    for _ in range(3):
+        costs.observe_swap(num_bytes=1000, seconds=1e-3)
+    costs.observe_swap(num_bytes=1000, seconds=70.0)
+    assert costs.swap_seconds(3000) == pytest.approx(3e-3)
+    for _ in range(5):
+        costs.observe_swap(num_bytes=1000, seconds=0.5)
+    assert costs.swap_seconds(3000) == pytest.approx(1.5)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from polydelta.adapters_store.composition import Share
+from polydelta.adapters_store.reference import AdapterRef
 from polydelta.adapters_store.traits import AdapterTraits
-from polydelta.engine.eviction import CostModel
+from polydelta.engine.eviction import CostModel, EvictionReason
 from polydelta.engine.kv_cache import BASE_NAMESPACE, KVCache
 from polydelta.engine.pool import PagePool
 from polydelta.engine.request import GenerationRequest, SamplingParams
@@ -14,12 +18,17 @@ from polydelta.engine.sequence import Sequence
 BLOCK = 4
 
 
-def sequence_of(*tokens: int) -> Sequence:
-    return Sequence(GenerationRequest("r", tokens, SamplingParams()), lambda output: None)
+def sequence_of(*tokens: int, adapter: AdapterRef | None = None) -> Sequence:
+    shares = () if adapter is None else (Share(adapter),)
+    request = GenerationRequest("r", tokens, SamplingParams(), shares)
+    sequence = Sequence(request, lambda output: None)
+    sequence.learn([AdapterTraits()] * len(shares))
+    return sequence
 
 
 def sequence_behind(num_virtual: int, *tokens: int) -> Sequence:
-    sequence = sequence_of(*tokens)
+    request = GenerationRequest("r", tokens, SamplingParams())
+    sequence = Sequence(request, lambda output: None)
     sequence.learn([AdapterTraits(num_virtual)])
     return sequence
 
@@ -42,6 +51,16 @@ def compute(kv: KVCache, sequence: Sequence, namespace: str = BASE_NAMESPACE) ->
     sequence.num_computed = sequence.num_tokens
     kv.publish(sequence, namespace)
     return prefix
+
+
+def compute_together(kv: KVCache, *sequences: Sequence) -> None:
+    """All in the same steps, so that none finds what another computes."""
+    for sequence in sequences:
+        kv.admit(sequence, [])
+        kv.grow(sequence, sequence.num_tokens)
+        sequence.num_computed = sequence.num_tokens
+    for sequence in sequences:
+        kv.publish(sequence, BASE_NAMESPACE)
 
 
 @pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
@@ -150,19 +169,44 @@ def test_a_shared_page_stays_in_use_until_its_last_user_leaves(kv: KVCache, pool
     assert pool.num_idle == 2
 
 
-def test_the_slower_of_two_with_the_same_block_keeps_its_page_to_itself(
+def test_of_two_with_the_same_block_one_page_stays(kv: KVCache, pool: PagePool) -> None:
+    one, two = sequence_of(*range(5)), sequence_of(*range(9))
+    compute_together(kv, one, two)
+    assert two.block_table[0] == one.block_table[0]
+    assert (pool.num_free, kv.num_used_pages) == (4, 4)
+    assert [kv.num_own_pages(s) for s in (one, two)] == [1, 2]
+    # Nobody found anything: the prompt may have been sent once, for two choices.
+    assert [block.hits for block in kv._by_page.values()] == [0, 0]
+    kv.release(one)
+    kv.release(two)
+    assert (pool.num_idle, pool.num_free) == (2, 6)
+
+
+def test_the_beginning_of_a_prefix_stays_while_somebody_uses_its_end(
     kv: KVCache, pool: PagePool
 ) -> None:
-    one, two = sequence_of(*range(5)), sequence_of(*range(5))
+    """Whoever made the beginning has left, and its end was made by another."""
+    one, two = sequence_of(*range(5)), sequence_of(*range(9))
+    compute_together(kv, one, two)
+    kv.release(one)
+    kv.grow(sequence_of(), BLOCK * pool.num_available)
+    assert kv.find_prefix(sequence_of(*range(9)), BASE_NAMESPACE) == two.block_table[:2]
+
+
+def test_a_block_that_another_has_left_idle_is_taken_back_for_ones_own(
+    kv: KVCache, pool: PagePool
+) -> None:
+    one, two = sequence_of(*range(5)), sequence_of(*range(9))
     for sequence in (one, two):
         kv.admit(sequence, [])
-        kv.grow(sequence, 5)
-        sequence.num_computed = 5
-    for sequence in (one, two):
-        kv.publish(sequence, BASE_NAMESPACE)
-    assert kv.find_prefix(sequence_of(*range(5)), BASE_NAMESPACE) == one.block_table[:1]
-    kv.release(two)
-    assert (pool.num_idle, pool.num_free) == (0, 6)
+        kv.grow(sequence, sequence.num_tokens)
+        sequence.num_computed = sequence.num_tokens
+    kv.publish(one, BASE_NAMESPACE)
+    kv.release(one)
+    assert (pool.num_idle, pool.num_free) == (1, 4)
+    kv.publish(two, BASE_NAMESPACE)
+    assert (pool.num_idle, pool.num_free) == (0, 5)
+    pool.check_integrity(kv.used_pages())
 
 
 def test_the_end_of_a_prefix_is_evicted_before_its_beginning(kv: KVCache, pool: PagePool) -> None:
@@ -173,6 +217,55 @@ def test_the_end_of_a_prefix_is_evicted_before_its_beginning(kv: KVCache, pool: 
     for kept in (3, 2, 1, 0):
         kv.grow(sequence_of(), BLOCK * (pool.num_free + 1))
         assert kv.find_prefix(sequence_of(*range(17)), BASE_NAMESPACE) == first[:kept]
+
+
+def test_a_block_that_leaves_takes_those_behind_it_along(kv: KVCache, pool: PagePool) -> None:
+    """Here the end was dearer than the beginning: it was retired before prefills got cheap."""
+    kv.costs.observe_prefill(tokens=1, seconds=1000.0)
+    for _ in range(2):
+        sequence = sequence_of(*range(13))
+        compute(kv, sequence)
+        kv.release(sequence)
+    for _ in range(100):
+        kv.costs.observe_prefill(tokens=1, seconds=1e-6)
+    beginning = sequence_of(*range(5))
+    compute(kv, beginning)
+    kv.release(beginning)
+    assert (pool.num_idle, pool.num_free) == (3, 5)
+    kv.grow(sequence_of(), BLOCK * 6)
+    assert (pool.num_idle, pool.num_free) == (0, 2)
+    assert kv.stats.evictions[EvictionReason.ROOM] == 3
+    assert kv._by_hash == kv._by_page == {}
+
+
+def test_the_longest_chain_may_leave_by_its_beginning() -> None:
+    """A context of 100,000 tokens is deeper than Python's stack."""
+    pool = PagePool(6000)
+    kv = KVCache(pool, BLOCK, CostModel())
+    sequence = sequence_of(*range(BLOCK * 5000 + 1))
+    compute(kv, sequence)
+    kv.release(sequence)
+    pool.evict(sequence.block_hashes[0], EvictionReason.ORDERED)
+    assert pool.num_free == 6000
+
+
+def test_a_version_takes_along_what_another_of_the_same_content_made_behind_its_blocks(
+    kv: KVCache, pool: PagePool
+) -> None:
+    """As after a rollback: both are served under one name and digest."""
+    first, rolled_back = (AdapterRef("a", version, Path("unused")) for version in (1, 3))
+    for ref, length in ((first, 5), (rolled_back, 13)):
+        sequence = sequence_of(*range(length), adapter=ref)
+        compute(kv, sequence, "a digest")
+        kv.release(sequence)
+    assert pool.num_idle == 3
+    kv.drop(rolled_back)
+    assert pool.num_idle == 1
+    sequence = sequence_of(*range(13), adapter=rolled_back)
+    compute(kv, sequence, "a digest")
+    kv.release(sequence)
+    kv.drop(first)
+    assert (pool.num_idle, pool.num_free) == (0, 8)
 
 
 def test_prefixes_that_are_used_often_outlive_those_that_are_not(

@@ -3,10 +3,18 @@ adapter version that made it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from polydelta.engine.eviction import EvictionReason
 from polydelta.engine.kv_cache import KVCache
@@ -16,38 +24,82 @@ Worlds = Callable[..., Any]
 BLOCK = 2
 
 
-def chains(kv: KVCache, world: Any) -> Iterator[list[bytes]]:
-    """The blocks of every sequence that ever was, in their order."""
-    for sequence in world.submitted:
-        yield sequence.block_hashes
+def check_chains(w: Any) -> None:
+    """Of every sequence that ever was."""
+    kv: KVCache = w.kv
+    used = set(kv.used_pages())
+    for sequence in w.submitted:
+        blocks = [kv._by_hash.get(block_hash) for block_hash in sequence.block_hashes]
+        known = [block for block in blocks if block is not None]
+        assert known == blocks[: len(known)], "a chain with a hole in it"
+        in_use = [block.page in used for block in known]
+        assert in_use == sorted(in_use, reverse=True), "a block is used, one before it is not"
+
+
+# Of tokens so few that prompts begin alike.
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+ADAPTERS = st.sampled_from([None, "a", "b", "a+b"])
+
+
+class ChainHistory(RuleBasedStateMachine):
+    """Sequences that share beginnings, in a pool that has no room for all of them."""
+
+    worlds: Worlds
+
+    @initialize(num_pages=st.integers(12, 24), tokens=st.integers(3, 40), lag=st.integers(0, 1))
+    def start(self, num_pages: int, tokens: int, lag: int) -> None:
+        self.w = self.worlds(
+            num_pages=num_pages,
+            block_size=BLOCK,
+            max_batch_tokens=tokens,
+            adapters={"a": 1, "b": 2},
+            lag=lag,
+        )
+
+    @rule(prompts=st.lists(PROMPTS, min_size=1, max_size=3), adapter=ADAPTERS, n=st.integers(1, 5))
+    def submit(self, prompts: list[list[int]], adapter: str | None, n: int) -> None:
+        for prompt in prompts:
+            self.w.submit(prompt, adapter, max_tokens=n)
+
+    @rule(times=st.integers(1, 6))
+    def step(self, times: int) -> None:
+        for _ in range(times):
+            self.w.step()
+            self.w.host.finish()
+            check_chains(self.w)
+
+    @rule(seconds=st.sampled_from([1e-9, 1.0, 1e9]))
+    def prefills_take(self, seconds: float) -> None:
+        self.w.kv.costs.observe_prefill(1, seconds)
+
+    @precondition(lambda self: self.w.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.w.scheduler.remove(data.draw(st.sampled_from(self.w.live), "whom"))
+
+    @rule(adapter=st.sampled_from(["a", "b"]))
+    def delete(self, adapter: str) -> None:
+        self.w.forget(adapter)
+
+    @invariant()
+    def holds(self) -> None:
+        if hasattr(self, "w"):
+            check_chains(self.w)
+            self.w.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "w"):
+            self.w.drain()
+            check_chains(self.w)
 
 
 def test_a_block_never_leaves_before_those_behind_it(world: Worlds) -> None:
-    branches = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+    class History(ChainHistory):
+        worlds = world
 
-    @settings(max_examples=80, deadline=None)
-    @given(
-        st.lists(
-            st.tuples(branches, st.sampled_from([None, "a", "b"]), st.integers(1, 5)),
-            min_size=1,
-            max_size=25,
-        ),
-        st.integers(10, 24),
-        st.data(),
+    run_state_machine_as_test(
+        History, settings=settings(max_examples=100, stateful_step_count=30, deadline=None)
     )
-    def holds(requests: Any, num_pages: int, data: st.DataObject) -> None:
-        w = world(num_pages=num_pages, block_size=BLOCK, adapters={"a": 1, "b": 2})
-        for prompt, adapter, max_tokens in requests:
-            w.submit(prompt, adapter, max_tokens)
-            for _ in range(data.draw(st.integers(0, 4), "steps")):
-                w.step()
-                w.host.finish()
-                for hashes in chains(w.kv, w):
-                    known = [block in w.kv._by_hash for block in hashes]
-                    assert known == sorted(known, reverse=True), "a chain with a hole in it"
-        w.drain()
-
-    holds()
 
 
 def test_what_a_deleted_version_made_is_free_as_soon_as_nobody_uses_it(world: Worlds) -> None:
