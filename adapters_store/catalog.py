@@ -39,8 +39,10 @@ from polydelta.adapters_store.catalog_tables import (
     SchemaRow,
     VersionRow,
     to_row,
+    within,
 )
 from polydelta.adapters_store.errors import StoreError, UnknownAdapterError
+from polydelta.adapters_store.id_globs import EVERY_ID, is_simple, matches
 from polydelta.adapters_store.records import (
     AdapterRecord,
     Source,
@@ -111,16 +113,19 @@ class Catalog:
         with self._session() as session:
             return session.get(AdapterRow, adapter_id) is not None
 
-    def known(self) -> set[str]:
-        """All ids that `knows` knows."""
+    def known(self, ids: Sequence[str] = EVERY_ID) -> set[str]:
+        """All ids that `knows` knows, of those that the globs mean."""
+        query = select(AdapterRow.id).where(within(AdapterRow.id, ids))
         with self._session() as session:
-            return set(session.scalars(select(AdapterRow.id)))
+            return {found for found in session.scalars(query) if matches(found, ids)}
 
-    def ready(self) -> set[str]:
-        """Ids that have a ready version."""
+    def ready(self, ids: Sequence[str] = EVERY_ID) -> set[str]:
+        """Ids that have a ready version, of those that the globs mean."""
+        query = select(VersionRow.id).where(
+            VersionRow.state == VersionState.READY.value, within(VersionRow.id, ids)
+        )
         with self._session() as session:
-            query = select(VersionRow.id).where(VersionRow.state == VersionState.READY.value)
-            return set(session.scalars(query.distinct()))
+            return {found for found in session.scalars(query.distinct()) if matches(found, ids)}
 
     def page(
         self,
@@ -128,11 +133,19 @@ class Catalog:
         limit: int,
         labels: Mapping[str, str],
         kind: str | None,
+        ids: Sequence[str] = EVERY_ID,
     ) -> list[AdapterRecord]:
-        """Newest ready versions by id, those whose id comes after `after`; at most `limit`."""
+        """Newest ready versions by id, those whose id comes after `after`; at most `limit`.
+
+        ids: globs; other ids are left out.
+        """
         newest = (
             select(VersionRow.id, func.max(VersionRow.version).label("version"))
-            .where(VersionRow.state == VersionState.READY.value, VersionRow.id > after)
+            .where(
+                VersionRow.state == VersionState.READY.value,
+                VersionRow.id > after,
+                within(VersionRow.id, ids),
+            )
             .group_by(VersionRow.id)
             .subquery()
         )
@@ -143,10 +156,14 @@ class Catalog:
         )
         for key, value in labels.items():
             query = query.where(VersionRow.labels[key].as_string() == value)
-        if kind is None:
+        if kind is None and all(map(is_simple, ids)):
             return self._records(query.limit(limit))
-        # A version has few kinds; databases differ in how they look into a list.
-        return [r for r in self._records(query) if kind in r.facts.kinds][:limit]
+        # A version has few kinds; databases differ in how they look into a list, and in globs.
+        return [
+            record
+            for record in self._records(query)
+            if (kind is None or kind in record.facts.kinds) and matches(record.id, ids)
+        ][:limit]
 
     def in_state(self, state: VersionState) -> list[AdapterRecord]:
         return self._records(select(VersionRow).where(VersionRow.state == state.value))
@@ -179,6 +196,17 @@ class Catalog:
         )
         with self._session() as session:
             return int(session.scalar(select(func.sum(each.c.nbytes))) or 0)
+
+    def contents(self, ids: Sequence[str]) -> dict[str, int]:
+        """Bytes of the contents, by digest, that versions have whose ids the globs mean."""
+        query = select(VersionRow.id, VersionRow.digest, VersionRow.nbytes)
+        sizes: dict[str, int] = {}
+        with self._session() as session:
+            for found, digest, nbytes in session.execute(query.where(within(VersionRow.id, ids))):
+                if matches(found, ids):
+                    # A composition of one part has its digest, but no files.
+                    sizes[digest] = max(nbytes, sizes.get(digest, 0))
+        return sizes
 
     def change(self, adapter_id: str, version: int, **values: Any) -> AdapterRecord:
         """Sets `state`, `pinned` or `labels`. Raises UnknownAdapterError."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, String
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import JSON, BigInteger, ColumnElement, String, or_
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column
 
+from polydelta.adapters_store.id_globs import beginning
 from polydelta.adapters_store.records import (
     AdapterFacts,
     AdapterRecord,
@@ -24,6 +26,9 @@ SCHEMA = 1
 _ID = String(128).with_variant(String(128, collation="C"), "postgresql")
 
 SCHEMA_TABLE = "polydelta_schema"
+
+# Sorts after every character that an id may have.
+_LAST = "~"
 
 
 class Base(DeclarativeBase):
@@ -84,6 +89,19 @@ class VersionRow(Base):
             last_used=self.last_used,
             parts=tuple(Part(**part) for part in self.parts),
         )
+
+
+def within(column: InstrumentedAttribute[str], globs: Iterable[str]) -> ColumnElement[bool]:
+    """Rows of ids that match one of the globs, as far as an index finds them: those of a glob that
+    is not simple come with others that begin like it."""
+    return or_(False, *(_begins(column, glob) for glob in globs))
+
+
+def _begins(column: InstrumentedAttribute[str], glob: str) -> ColumnElement[bool]:
+    first = beginning(glob)
+    if first == glob:
+        return column == glob
+    return (column >= first) & (column < first + _LAST)
 
 
 def to_row(record: AdapterRecord) -> VersionRow:

@@ -46,9 +46,12 @@ def combine(shares: Iterable[Share]) -> Shares:
             "saved compositions counted one by one): merge some with `polydelta adapters merge`."
         )
     totals = {ref: _total(each) for ref, each in weights.items()}
-    for ref, weight in totals.items():
+    for weight in totals.values():
+        # Without its name: it may be a saved composition's part, which not everybody knows of.
         if not math.isfinite(weight):
-            raise CompositionError(f"adapters: the weight of {ref.name!r} is {weight}, not finite.")
+            raise CompositionError(
+                f"adapters: the weights of one adapter come to {weight}, which is not finite."
+            )
     kept = [Share(ref, weight) for ref, weight in totals.items() if weight != 0.0]
     return tuple(sorted(kept, key=lambda share: share.ref.name))
 

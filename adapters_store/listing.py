@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from heapq import merge
 from itertools import islice
 
+from polydelta.adapters_store.id_globs import EVERY_ID, matches
 from polydelta.adapters_store.inspection import inspect
 from polydelta.adapters_store.records import AdapterFacts, AdapterRecord, Source, VersionState
 from polydelta.adapters_store.reference import AdapterName, AdapterRef
@@ -27,14 +28,20 @@ class AdapterListing:
         self._folders: dict[str, AdapterRecord] = {}
 
     def page(
-        self, after: str, limit: int, labels: Mapping[str, str], kind: str | None
+        self,
+        after: str,
+        limit: int,
+        labels: Mapping[str, str],
+        kind: str | None,
+        ids: Sequence[str] = EVERY_ID,
     ) -> list[AdapterRecord]:
         """The newest ready version of each id that comes after `after`, by id; at most `limit`.
 
         labels: those that a version must have; a folder has none. kind: one that it must have.
+        ids: globs; other ids are left out.
         """
-        uploaded = self._store.catalog.page(after, limit, labels, kind)
-        folders = iter(()) if labels else self._folder_records(after, kind)
+        uploaded = self._store.catalog.page(after, limit, labels, kind, ids)
+        folders = iter(()) if labels else self._folder_records(after, kind, ids)
         return list(islice(merge(uploaded, folders, key=lambda record: record.id), limit))
 
     def all(self) -> Iterator[AdapterRecord]:
@@ -57,15 +64,17 @@ class AdapterListing:
             return self._store.ref(record)
         return self._store.folders.resolve(AdapterName(record.id, record.version))
 
-    def versions(self, adapter_id: str) -> list[AdapterRecord]:
-        """All versions, oldest first. Raises UnknownAdapterError."""
-        records = self._store.catalog.versions(adapter_id)
-        return records or [self.record(AdapterName(adapter_id))]
+    def versions(self, name: AdapterName) -> list[AdapterRecord]:
+        """All versions of an id, oldest first. Raises UnknownAdapterError."""
+        records = self._store.catalog.versions(name.id)
+        return records or [self.record(name)]
 
-    def _folder_records(self, after: str, kind: str | None) -> Iterator[AdapterRecord]:
-        known = self._store.catalog.known()
+    def _folder_records(
+        self, after: str, kind: str | None, ids: Sequence[str]
+    ) -> Iterator[AdapterRecord]:
+        known = self._store.catalog.known(ids)
         for adapter_id in self._store.folders.ids():
-            if adapter_id <= after or adapter_id in known:
+            if adapter_id <= after or adapter_id in known or not matches(adapter_id, ids):
                 continue
             ref = self._store.folders.find(adapter_id)
             if ref is None:

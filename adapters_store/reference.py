@@ -45,9 +45,12 @@ class AdapterName:
 
     id: str
     version: int | None = None
+    # What errors call the id, where that is not what is looked up.
+    called: str | None = None
 
     def __str__(self) -> str:
-        return self.id if self.version is None else f"{self.id}@{self.version}"
+        called = self.called or self.id
+        return called if self.version is None else f"{called}@{self.version}"
 
 
 def is_id(text: str) -> bool:

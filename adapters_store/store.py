@@ -24,12 +24,14 @@ from pathlib import Path
 
 from sqlalchemy import URL
 
+from polydelta.adapters_store.allowance import Allowance
 from polydelta.adapters_store.catalog import Catalog
 from polydelta.adapters_store.composition import Share, Shares, check_addable, combine
 from polydelta.adapters_store.content import ContentStore, LocalContent, RemoteContent
 from polydelta.adapters_store.errors import InUseError, StoreError, TooLargeError
 from polydelta.adapters_store.file_lock import Presence
 from polydelta.adapters_store.folders import FolderCatalog
+from polydelta.adapters_store.id_globs import EVERY_ID, matches
 from polydelta.adapters_store.inspection import inspect
 from polydelta.adapters_store.leases import Lease, Leases
 from polydelta.adapters_store.pending import PendingContents
@@ -121,7 +123,7 @@ class AdapterStore:
         """`tell` is called with each version that is gone, on any thread; it must not wait."""
         self._on_deleted.append(tell)
 
-    def lease(self, wanted: Sequence[tuple[str, float]]) -> Lease:
+    def lease(self, wanted: Sequence[tuple[str | AdapterName, float]]) -> Lease:
         """The versions that names and weights mean now; none of them goes before the release.
 
         Raises UnknownAdapterError, and CompositionError for several that cannot be added up.
@@ -156,22 +158,34 @@ class AdapterStore:
         digest = None if record.source is Source.FOLDER else record.digest
         return AdapterRef(record.id, record.version, path, digest=digest)
 
-    def check_room(self) -> None:
+    def check_room(self, allowance: Allowance | None = None) -> None:
         """Raises TooLargeError when nothing more can be added, however small."""
+        if allowance is not None:
+            allowance.check(self.catalog.contents(allowance.ids), more=1)
         total = self.catalog.total_bytes()
         if total >= self._config.quota_bytes:
-            raise self._full(f"holds {total} bytes")
+            raise self._full(f"holds {total} bytes", allowance)
 
-    def add(self, record: AdapterRecord, staged: Path, at_least: int = 1) -> AdapterRecord:
+    def add(
+        self,
+        record: AdapterRecord,
+        staged: Path,
+        at_least: int = 1,
+        allowance: Allowance | None = None,
+    ) -> AdapterRecord:
         """Takes over a staged folder as a new version of `record.id`; it is ready at once.
 
-        The record comes back with its version. Raises TooLargeError beyond the quota.
+        allowance: of whom it is added for, where that is not the operator.
+        The record comes back with its version. Raises TooLargeError beyond a quota.
         """
+        nbytes = record.facts.nbytes
         with self._pending.changing([record.digest]):
+            if allowance is not None:
+                allowance.check(self.catalog.contents(allowance.ids) | {record.digest: nbytes})
             known = self.catalog.has_digest(record.digest)
-            total = self.catalog.total_bytes() + (0 if known else record.facts.nbytes)
+            total = self.catalog.total_bytes() + (0 if known else nbytes)
             if total > self._config.quota_bytes:
-                raise self._full(f"would hold {total} bytes")
+                raise self._full(f"would hold {total} bytes", allowance)
             self.content.add(record.digest, staged)
             return self.catalog.add(record, at_least)
 
@@ -217,10 +231,13 @@ class AdapterStore:
             )
             return self.catalog.add(fresh)
 
-    def delete(self, name: AdapterName, defer: bool) -> list[AdapterRecord]:
+    def delete(
+        self, name: AdapterName, defer: bool, seen: Sequence[str] = EVERY_ID
+    ) -> list[AdapterRecord]:
         """Deletes one version, or all of an id. With `defer`, those in use go when they no longer
         are, and nobody new gets them meanwhile; without it nothing is deleted then.
 
+        seen: globs of the ids that errors may name.
         The records as they are left; raises UnknownAdapterError, InUseError.
         """
         with self._names:
@@ -232,7 +249,7 @@ class AdapterStore:
             ]
             if not records:
                 raise unknown(str(name))
-            self._check_unneeded(records)
+            self._check_unneeded(records, seen)
             busy = [record for record in records if self.users(record)]
             if busy and not defer:
                 raise InUseError(
@@ -266,16 +283,17 @@ class AdapterStore:
             raise unknown(str(name))
         return record
 
-    def resolve(self, name: str) -> AdapterRef:
+    def resolve(self, name: str | AdapterName) -> AdapterRef:
         """The version that a name means now, uploaded or in a folder. Raises
         UnknownAdapterError."""
         return self._resolve(name).ref
 
-    def ids(self) -> Iterator[str]:
-        """Every id that has a version, uploaded or in a folder; folders are looked into one by
-        one, as they are asked for."""
-        known, uploaded = self.catalog.known(), self.catalog.ready()
-        for adapter_id in sorted({*uploaded, *self.folders.ids()} - (known - uploaded)):
+    def ids(self, ids: Sequence[str] = EVERY_ID) -> Iterator[str]:
+        """Every id that has a version, uploaded or in a folder, of those that the globs mean;
+        folders are looked into one by one, as they are asked for."""
+        known, uploaded = self.catalog.known(ids), self.catalog.ready(ids)
+        folders = {found for found in self.folders.ids() if matches(found, ids)}
+        for adapter_id in sorted((uploaded | folders) - (known - uploaded)):
             if adapter_id in uploaded or self.folders.find(adapter_id) is not None:
                 yield adapter_id
 
@@ -310,20 +328,22 @@ class AdapterStore:
             with contextlib.suppress(RuntimeError):  # the store is closed, which has flushed
                 self._flushing = self._reaper.submit(self.try_to_flush)
 
-    def _full(self, problem: str) -> TooLargeError:
+    def _full(self, problem: str, allowance: Allowance | None) -> TooLargeError:
+        if allowance is not None:  # what others have in it is not theirs to know
+            return TooLargeError("The store has no room for more: ask its operator.")
         return TooLargeError(
             f"The store {problem}, but its quota is {self._config.quota_bytes}: delete versions "
             "that nobody needs."
         )
 
-    def _resolve(self, name: str) -> _Resolved:
-        wanted = parse_name(name)
+    def _resolve(self, name: str | AdapterName) -> _Resolved:
+        wanted = parse_name(name) if isinstance(name, str) else name
         record = self._find(wanted)
         if record is None and not self.catalog.knows(wanted.id):
             ref = self.folders.resolve(wanted)
             return _Resolved(ref, (Share(ref),), lambda: inspect(ref.path).kinds)
         if record is None or record.state is not VersionState.READY:
-            raise unknown(name)
+            raise unknown(str(wanted))
         kinds = record.facts.kinds
         return _Resolved(self.ref(record), self._shares(record), lambda: kinds)
 
@@ -340,7 +360,8 @@ class AdapterStore:
         for part in record.parts:
             found = self.catalog.find(part.id, part.version)
             if found is None:
-                raise unknown(f"{part.id}@{part.version}")
+                # Whoever may use the sum need not know of its parts.
+                raise unknown(record.name)
             shares.append(Share(self.ref(found), part.weight))
         return tuple(shares)
 
@@ -352,7 +373,7 @@ class AdapterStore:
             raise unknown(str(name))
         return records
 
-    def _check_unneeded(self, records: Sequence[AdapterRecord]) -> None:
+    def _check_unneeded(self, records: Sequence[AdapterRecord], seen: Sequence[str]) -> None:
         """Raises InUseError for a version that a saved composition is made of."""
         names = {(record.id, record.version) for record in records}
         for composition in self.catalog.compositions():
@@ -360,9 +381,12 @@ class AdapterStore:
                 if (part.id, part.version) not in names:
                     continue
                 if (composition.id, composition.version) not in names:
+                    part_name = f"'{part.id}@{part.version}'"
+                    if not matches(composition.id, seen):
+                        raise InUseError(f"{part_name} is a part of somebody else's composition.")
                     raise InUseError(
-                        f"'{part.id}@{part.version}' is a part of the composition "
-                        f"{composition.name!r}: delete that first."
+                        f"{part_name} is a part of the composition {composition.name!r}: delete "
+                        "that first."
                     )
 
     def _on_idle(self, ref: AdapterRef) -> None:

@@ -72,9 +72,9 @@ def create_app(
     app.include_router(lora_router(service, publishing, changes))
     # Each goes around those before it.
     app.add_middleware(BodyLimits)
-    if settings.api_key:
+    if settings.api_key or settings.tenants:
         keys = [key.get_secret_value() for key in settings.api_key]
-        app.add_middleware(BearerAuth, keys=keys)
+        app.add_middleware(BearerAuth, operator_keys=keys, tenants=settings.tenants)
     app.add_middleware(Draining, lifecycle=lifecycle)
     # Around everything else, so that it sees whoever refuses.
     app.add_middleware(CountRefusals, refusals=service.metrics.refusals)

@@ -1,4 +1,4 @@
-"""Bearer keys in front of `/v1`, as plain ASGI middleware; probes and metrics stay open."""
+"""Bearer keys in front of `/v1`, as plain ASGI middleware; probes stay open."""
 
 from __future__ import annotations
 
@@ -9,40 +9,59 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from polydelta.server.errors import error_response
+from polydelta.server.tenants.tenant import OPERATOR, TENANT, Tenant, digest_of
 
 GUARDED = "/v1/"
+# Tells of everybody's adapters.
+METRICS = "/metrics"
 
 
 class BearerAuth:
-    """Lets a guarded request pass when its `Authorization: Bearer` is one of `keys`."""
+    """Lets a guarded request pass when its `Authorization: Bearer` is somebody's key, and leaves in
+    the scope whose it is. With tenants, `/metrics` asks for an operator's."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, operator_keys: Sequence[str], tenants: Sequence[Tenant] = ()
+    ) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._owners = [
+            *((digest_of(key.encode()), OPERATOR) for key in operator_keys),
+            *((digest, tenant) for tenant in tenants for digest in tenant.key_digests),
+        ]
+        self._guards_metrics = bool(tenants)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._guards(scope) and not self._knows(Headers(scope=scope)):
+        if not self._guards(scope):
+            await self._app(scope, receive, send)
+            return
+        owner = self._owner(Headers(scope=scope))
+        if owner is None:
             refusal = error_response(
                 401,
                 "A valid API key is needed: send the header Authorization: Bearer YOUR_KEY.",
                 headers={"WWW-Authenticate": "Bearer"},
             )
             await refusal(scope, receive, send)
+        elif scope["path"] == METRICS and owner is not OPERATOR:
+            refusal = error_response(
+                403, f"{METRICS} tells of all tenants: it asks for an operator's key."
+            )
+            await refusal(scope, receive, send)
         else:
+            scope[TENANT] = owner
             await self._app(scope, receive, send)
 
     def _guards(self, scope: Scope) -> bool:
         # A browser's preflight carries no credentials.
-        return (
-            scope["type"] == "http"
-            and str(scope["path"]).startswith(GUARDED)
-            and scope["method"] != "OPTIONS"
-        )
+        if scope["type"] != "http" or scope["method"] == "OPTIONS":
+            return False
+        path = str(scope["path"])
+        return path.startswith(GUARDED) or (self._guards_metrics and path == METRICS)
 
-    def _knows(self, headers: Headers) -> bool:
+    def _owner(self, headers: Headers) -> Tenant | None:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         # Header bytes arrive decoded as latin-1; going back restores a key in UTF-8.
-        offered = token.strip().encode("latin-1")
+        offered = digest_of(token.strip().encode("latin-1"))
         # Every key is compared, in constant time each: the time taken tells nothing.
-        matches = [hmac.compare_digest(offered, key) for key in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
+        owners = [owner for digest, owner in self._owners if hmac.compare_digest(offered, digest)]
+        return owners[0] if owners and scheme.lower() == "bearer" else None

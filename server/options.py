@@ -87,6 +87,7 @@ HostKvGib = Annotated[float | None, setting("host_kv_gib", "--host-kv-gib", PRES
 Host = Annotated[str | None, setting("host", "--host", HTTP)]
 Port = Annotated[int | None, setting("port", "--port", HTTP)]
 ApiKey = Annotated[list[str] | None, setting("api_key", "--api-key", HTTP, "KEY")]
+Tenants = Annotated[Path | None, setting("tenants", "--tenants", HTTP, "FILE")]
 ShutdownTimeout = Annotated[float | None, setting("shutdown_timeout", "--shutdown-timeout", HTTP)]
 LogLevel = Annotated[
     str | None, setting("log_level", "--log-level", HTTP, "debug|info|warning|error")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from polydelta.adapters_store.leases import Lease
@@ -12,6 +12,9 @@ from polydelta.adapters_store.reference import AdapterRef
 from polydelta.server.adapters.errors import adapter_errors
 from polydelta.server.errors import ApiError
 from polydelta.server.metrics import Metrics
+from polydelta.server.tenants.access import looked_up
+from polydelta.server.tenants.limits import Budgets
+from polydelta.server.tenants.tenant import Tenant
 
 if TYPE_CHECKING:  # these import torch, which the routes do not need
     from polydelta.adapters_store.store import AdapterStore
@@ -31,21 +34,26 @@ class Service:
     base_name: str
     # Unix time; the `created` of the model cards.
     started: int
+    # What tenants may still have.
+    budgets: Budgets = field(default_factory=Budgets)
 
     def check_alive(self) -> None:
         """Raises ApiError 503 once the engine has stopped."""
         if not self.engine.alive:
             raise ApiError(503, "The engine has stopped and takes no requests.")
 
-    def resolve(self, name: str) -> AdapterRef | None:
-        """The adapter that a name means now; None for the base model. Raises ApiError."""
+    def resolve(self, tenant: Tenant, name: str) -> AdapterRef | None:
+        """The adapter that a name means to a tenant now; None for the base model. Raises
+        ApiError."""
         if name == self.base_name:
             return None
         with adapter_errors("model"):
-            return self.store.resolve(name)
+            return self.store.resolve(looked_up(tenant, name))
 
-    async def lease(self, model: str, adapters: Sequence[tuple[str, float]]) -> Lease:
-        """The adapters that a request's `model` and `adapters` mean, in use until it is released.
+    async def lease(
+        self, tenant: Tenant, model: str, adapters: Sequence[tuple[str, float]]
+    ) -> Lease:
+        """The adapters that a tenant's `model` and `adapters` mean, in use until it is released.
 
         Raises ApiError.
         """
@@ -59,5 +67,7 @@ class Service:
                 "model",
             )
         with adapter_errors("adapters" if adapters else "model"):
+            named = adapters or [(model, 1.0)]
+            wanted = [(looked_up(tenant, name), weight) for name, weight in named]
             # The catalog is a database: the loop does not wait for it.
-            return await asyncio.to_thread(self.store.lease, adapters or [(model, 1.0)])
+            return await asyncio.to_thread(self.store.lease, wanted)

@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from polydelta.engine.config import EngineConfig
 from polydelta.server.pool_spec import PoolSetting
+from polydelta.server.tenants.file import TenantsSetting
 
 ENV_PREFIX = "POLYDELTA_"
 
@@ -175,6 +176,13 @@ class ServerSettings(BaseSettings):
     )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="Key that /v1 asks for; may be given several times. Without it, none."
+    )
+    # Checked after `api_key`: no key may be in both.
+    tenants: Annotated[TenantsSetting, NoDecode] = Field(
+        (),
+        description="File of tenants, in TOML or JSON: their keys, and what each may use, change"
+        " and take. The keys of --api-key are operators' then, and /metrics asks for one. Without"
+        " it, whoever may ask may do everything.",
     )
     shutdown_timeout: float = Field(
         0.0,

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from polydelta.adapters_store.allowance import Allowance
 from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.composition import sum_digest
 from polydelta.adapters_store.disk_tier import DiskTier
@@ -75,12 +76,14 @@ class Publisher:
         staged: StagedAdapter,
         labels: Mapping[str, str] | None = None,
         source: Source = Source.UPLOAD,
+        allowance: Allowance | None = None,
     ) -> Published:
         """Checks an upload against the base model and makes it the newest version of an id.
 
         labels: None leaves those of the newest version. Nothing changes when that one has the same
-        content; only labels are replaced then, and files that were lost or damaged. Raises
-        TooLargeError beyond the store's quota.
+        content; only labels are replaced then, and files that were lost or damaged. allowance: of
+        whom it is made for, where that is not the operator. Raises TooLargeError beyond it, and
+        beyond the store's quota.
         """
         check_id(adapter_id)
         labels = None if labels is None else check_labels(labels)
@@ -99,7 +102,7 @@ class Publisher:
             record = self._record(
                 adapter_id, staged.digest, facts, source, _labels_after(newest, labels)
             )
-            added = self._store.add(record, staged.folder, at_least)
+            added = self._store.add(record, staged.folder, at_least, allowance)
         return Published(added, created=True, ignored=staged.ignored)
 
     def publish_path(
@@ -114,7 +117,7 @@ class Publisher:
     def compose(
         self,
         adapter_id: str,
-        wanted: Sequence[tuple[str, float]],
+        wanted: Sequence[tuple[str | AdapterName, float]],
         labels: Mapping[str, str] | None = None,
     ) -> Published:
         """Saves a weighted sum under a name of its own; its parts keep the versions of now.

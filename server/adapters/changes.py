@@ -3,43 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from polydelta.adapters_store.labels import check_labels
 from polydelta.adapters_store.records import AdapterRecord
-from polydelta.adapters_store.reference import AdapterName, parse_name
+from polydelta.adapters_store.reference import AdapterName
 from polydelta.server.adapters.errors import adapter_errors
 from polydelta.server.errors import ApiError
+from polydelta.server.tenants.access import to_change
+from polydelta.server.tenants.tenant import Tenant
 
 if TYPE_CHECKING:  # it imports torch, which the routes do not need
     from polydelta.adapters_store.store import AdapterStore
 
 
 class Changes:
-    """What may wait for the catalog or the disk. Every method raises ApiError: 409 for an adapter
-    that is not the store's, but lies in a folder of the operator's."""
+    """What may wait for the catalog or the disk. Every method raises ApiError: 403 for an adapter
+    that is not the tenant's to change, 409 for one that is not the store's, but lies in a folder of
+    the operator's."""
 
     def __init__(self, store: AdapterStore) -> None:
         self._store = store
 
-    def delete(self, name: str, defer: bool) -> list[AdapterRecord]:
+    def delete(self, tenant: Tenant, name: str, defer: bool) -> list[AdapterRecord]:
         """One version or all of an id; see AdapterStore.delete."""
         with adapter_errors("id"):
-            return self._store.delete(self.own(parse_name(name)), defer)
+            return self._store.delete(self.own(to_change(tenant, name)), defer, tenant.seen)
 
-    def label(self, name: str, labels: Mapping[str, str]) -> AdapterRecord:
+    def label(self, tenant: Tenant, name: str, labels: Mapping[str, str]) -> AdapterRecord:
         """The labels that a version has are replaced."""
         with adapter_errors("labels"):
             check_labels(labels)
         with adapter_errors("id"):
-            return self._store.label(self.own(parse_name(name)), labels)
+            return self._store.label(self.own(to_change(tenant, name)), labels)
 
-    def roll_back(self, name: str, version: int) -> tuple[AdapterRecord, bool]:
+    def roll_back(self, tenant: Tenant, name: str, version: int) -> tuple[AdapterRecord, bool]:
         """The newest version, and whether it was made now; see AdapterStore.rollback."""
         with adapter_errors("id"):
-            adapter_id = self.own(plain_id(name)).id
-            before = self._store.catalog.newest(adapter_id)
-            record = self._store.rollback(adapter_id, version)
+            wanted = replace(self.own(without_version(to_change(tenant, name))), version=version)
+            self._store.find(wanted)
+            before = self._store.catalog.newest(wanted.id)
+            record = self._store.rollback(wanted.id, version)
             return record, before is None or before.version != record.version
 
     def own(self, name: AdapterName) -> AdapterName:
@@ -54,9 +59,10 @@ class Changes:
         return name
 
 
-def plain_id(text: str) -> AdapterName:
-    """A name without a version. Raises UnknownAdapterError, and ApiError for one with."""
-    name = parse_name(text)
+def without_version(name: AdapterName) -> AdapterName:
+    """The name itself. Raises ApiError for one with a version."""
     if name.version is not None:
-        raise ApiError(400, f"id: {text!r} names one version: leave out '@{name.version}'.", "id")
+        raise ApiError(
+            400, f"id: {str(name)!r} names one version: leave out '@{name.version}'.", "id"
+        )
     return name

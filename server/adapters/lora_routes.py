@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anyio import to_thread
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import PlainTextResponse
 
 from polydelta.adapters_store.errors import UnknownAdapterError
@@ -14,13 +14,15 @@ from polydelta.server.adapters.publishing import Publishing
 from polydelta.server.adapters.schemas import LoadLora, UnloadLora
 from polydelta.server.errors import ApiError, shown
 from polydelta.server.service import Service
+from polydelta.server.tenants.access import operators_only
+from polydelta.server.tenants.tenant import tenant_of
 
 
 def lora_router(service: Service, publishing: Publishing, changes: Changes) -> APIRouter:
     router = APIRouter(tags=["adapters"], default_response_class=PlainTextResponse)
 
-    @router.post("/v1/load_lora_adapter")
-    async def load_lora_adapter(body: LoadLora) -> str:
+    @router.post("/v1/load_lora_adapter", dependencies=[Depends(operators_only)])
+    async def load_lora_adapter(body: LoadLora, request: Request) -> str:
         """Takes an adapter over from a folder of this machine, below one of --adapter-root.
 
         It is a version like an uploaded one, checked and copied; the folder may change afterwards.
@@ -40,13 +42,15 @@ def lora_router(service: Service, publishing: Publishing, changes: Changes) -> A
                 "true for a new version of it.",
                 "lora_name",
             )
-        await publishing.from_path(name, body.lora_path, None, param="lora_path")
+        await publishing.from_path(
+            tenant_of(request), name, body.lora_path, None, param="lora_path"
+        )
         return f"Success: LoRA adapter '{name}' added successfully."
 
     @router.post("/v1/unload_lora_adapter")
-    def unload_lora_adapter(body: UnloadLora) -> str:
+    def unload_lora_adapter(body: UnloadLora, request: Request) -> str:
         """Deletes all versions of an adapter; those in use go when their requests are done."""
-        changes.delete(body.lora_name, defer=True)
+        changes.delete(tenant_of(request), body.lora_name, defer=True)
         return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
     return router

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import to_thread
 
 from polydelta.adapters_store.errors import UnknownAdapterError
 from polydelta.adapters_store.records import AdapterRecord, VersionState
-from polydelta.adapters_store.reference import AdapterName, AdapterRef, parse_name
+from polydelta.adapters_store.reference import AdapterName, AdapterRef
 from polydelta.server.adapters.changes import Changes
 from polydelta.server.adapters.errors import adapter_errors
 from polydelta.server.errors import ApiError
 from polydelta.server.service import Service
+from polydelta.server.tenants.access import looked_up
+from polydelta.server.tenants.tenant import OPERATOR, Tenant
 
 if TYPE_CHECKING:  # it imports torch, which the routes do not need
     from polydelta.adapters_store.listing import AdapterListing
@@ -25,7 +27,8 @@ T = TypeVar("T")
 
 
 class Orders:
-    """Each method waits until the engine has done it, and returns the record as it is then.
+    """Each method waits until the engine has done it, and returns the record as it is then. All but
+    `load` are for operators.
 
     Raises ApiError: 409 for what has to wait, or is not possible with an adapter of its kind.
     """
@@ -35,12 +38,13 @@ class Orders:
         self._listing = listing
         self._changes = changes
 
-    async def load(self, name: str) -> AdapterRecord:
+    async def load(self, tenant: Tenant, name: str) -> AdapterRecord:
         """Of a composition, all parts."""
-        record = await self._find(name)
-        refs = await to_thread.run_sync(self._refs, record)
-        orders = [self._service.engine.load_adapter(ref) for ref in refs]
-        await self._unless_withdrawn(self._loaded(refs, orders), orders)
+        record = await self._find(tenant, name)
+        with _hidden_parts_unnamed(tenant, record):
+            refs = await to_thread.run_sync(self._refs, record)
+            orders = [self._service.engine.load_adapter(ref) for ref in refs]
+            await self._unless_withdrawn(self._loaded(refs, orders), orders)
         return record
 
     async def evict(self, name: str) -> AdapterRecord:
@@ -60,15 +64,15 @@ class Orders:
         await self._done(self._service.engine.unpin_adapter(self._service.store.ref(record)))
         return await self._note(record, pinned=False)
 
-    async def _find(self, name: str) -> AdapterRecord:
+    async def _find(self, tenant: Tenant, name: str) -> AdapterRecord:
         with adapter_errors("id"):
-            record = await to_thread.run_sync(self._listing.record, parse_name(name))
+            record = await to_thread.run_sync(self._listing.record, looked_up(tenant, name))
         if record.state is VersionState.DELETING:
             raise ApiError(409, f"{record.name!r} is being deleted: take another version.", "id")
         return record
 
     async def _find_single(self, name: str, order: str) -> AdapterRecord:
-        record = await self._find(name)
+        record = await self._find(OPERATOR, name)
         if record.parts:
             parts = ", ".join(f"'{part.id}@{part.version}'" for part in record.parts)
             raise ApiError(
@@ -147,3 +151,16 @@ class Orders:
             # An engine that has stopped ends every order with an error of its own.
             self._service.check_alive()
             raise
+
+
+@contextmanager
+def _hidden_parts_unnamed(tenant: Tenant, record: AdapterRecord) -> Iterator[None]:
+    """Errors say nothing of a composition's parts to whoever may not use them all."""
+    try:
+        yield
+    except ApiError as error:
+        if all(tenant.may_use(part.id) for part in record.parts):
+            raise
+        raise ApiError(
+            error.status, f"{record.name!r} cannot be loaded: one of its parts cannot.", error.param
+        ) from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 from anyio import CancelScope, CapacityLimiter, to_thread
@@ -20,6 +21,15 @@ from polydelta.server.adapters.multipart import read_parts
 from polydelta.server.adapters.schemas import ComposePart
 from polydelta.server.errors import ApiError
 from polydelta.server.service import Service
+from polydelta.server.tenants.access import (
+    allowance_of,
+    check_operator,
+    check_parts,
+    check_upload,
+    check_uploads,
+    looked_up,
+)
+from polydelta.server.tenants.tenant import Tenant
 
 if TYPE_CHECKING:  # what checks an upload imports torch, which the routes do not need
     from polydelta.adapters_store.upload.publisher import Published
@@ -45,53 +55,73 @@ class Publishing:
         self._checks = CapacityLimiter(1)
         self._uploads = 0
 
-    def check_id(self, adapter_id: str) -> str:
-        """The id itself, when something can be published as it."""
+    def check_id(self, tenant: Tenant, adapter_id: str) -> str:
+        """The id itself, when something can be published as it by the tenant."""
         with adapter_errors("id"):
             check_id(adapter_id)
         if adapter_id == self._service.base_name:
             raise ApiError(400, f"id: {adapter_id!r} is the base model: take another id.", "id")
+        check_upload(tenant, adapter_id)
         return adapter_id
 
-    async def from_form(self, request: Request, adapter_id: str | None) -> Published:
+    async def from_form(
+        self, tenant: Tenant, request: Request, adapter_id: str | None
+    ) -> Published:
         """adapter_id: from the path; None when the form has to have it."""
         if adapter_id is not None:
-            self.check_id(adapter_id)
+            self.check_id(tenant, adapter_id)
+        check_uploads(tenant)
+        allowance = allowance_of(tenant)
         with adapter_errors("files"), self._admitted():
-            await self._on_disk(self._service.store.check_room)
+            await self._on_disk(self._service.store.check_room, allowance)
             async with self._staged() as upload:
-                form = UploadForm(upload, self._on_disk, self.check_id)
+                form = UploadForm(upload, self._on_disk, partial(self.check_id, tenant))
                 async with aclosing(read_parts(request)) as pieces:
                     async for piece in pieces:
                         await form.take(piece)
                 await form.end_part()
                 target = _one_id(adapter_id, form.id)
                 staged = await self._on_disk(upload.finish)
-                return await self._checked(
-                    self._service.publisher.publish, target, staged, form.labels
-                )
+                publish = partial(self._service.publisher.publish, allowance=allowance)
+                return await self._checked(publish, target, staged, form.labels)
 
     async def from_path(
-        self, adapter_id: str, path: str, labels: Mapping[str, str] | None, param: str = "path"
+        self,
+        tenant: Tenant,
+        adapter_id: str,
+        path: str,
+        labels: Mapping[str, str] | None,
+        param: str = "path",
     ) -> Published:
-        """From a folder of the server's machine. param: the request's field that has it."""
-        self._check(adapter_id, labels)
+        """From a folder of the server's machine, for operators. param: the request's field that has
+        it."""
+        check_operator(tenant, param)
+        self._check(tenant, adapter_id, labels)
         with adapter_errors(param):
             return await self._checked(
                 self._service.publisher.publish_path, adapter_id, path, labels
             )
 
     async def from_parts(
-        self, adapter_id: str, parts: Sequence[ComposePart], labels: Mapping[str, str] | None
+        self,
+        tenant: Tenant,
+        adapter_id: str,
+        parts: Sequence[ComposePart],
+        labels: Mapping[str, str] | None,
     ) -> Published:
         """A weighted sum of other adapters."""
-        self._check(adapter_id, labels)
+        self._check(tenant, adapter_id, labels)
         with adapter_errors("compose"):
-            wanted = [(part.id, part.weight) for part in parts]
-            return await self._checked(self._service.publisher.compose, adapter_id, wanted, labels)
+            wanted = [(looked_up(tenant, part.id), part.weight) for part in parts]
 
-    def _check(self, adapter_id: str, labels: Mapping[str, str] | None) -> None:
-        self.check_id(adapter_id)
+            def compose() -> Published:
+                check_parts(tenant, self._service.store, (name for name, _ in wanted))
+                return self._service.publisher.compose(adapter_id, wanted, labels)
+
+            return await self._checked(compose)
+
+    def _check(self, tenant: Tenant, adapter_id: str, labels: Mapping[str, str] | None) -> None:
+        self.check_id(tenant, adapter_id)
         with adapter_errors("labels"):
             check_labels(labels or {})
 

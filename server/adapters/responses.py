@@ -11,6 +11,7 @@ from polydelta.adapters_store.records import AdapterRecord, Part
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.server.adapters.errors import adapter_errors
 from polydelta.server.service import Service
+from polydelta.server.tenants.tenant import Tenant
 
 DELETED = "deleted"
 
@@ -68,7 +69,7 @@ class AdapterObject(BaseModel):
     last_used: int | None
     # Requests that use it now.
     active_requests: int
-    # Of a composition; others have none.
+    # Of a composition, those that the key may use; others have none.
     parts: list[CompositionPart]
     # None for a composition: each of its parts has its own.
     residency: Residency | None
@@ -94,15 +95,18 @@ class AdapterList(BaseModel):
     data: list[AdapterObject]
 
 
-def describe(service: Service, record: AdapterRecord, state: str | None = None) -> AdapterObject:
-    """A record with what is known only now. state: in place of the record's.
+def describe(
+    service: Service, tenant: Tenant, record: AdapterRecord, state: str | None = None
+) -> AdapterObject:
+    """A record with what is known only now, as a tenant may see it. state: in place of the
+    record's.
 
     Raises ApiError when the catalog does not answer.
     """
     facts = record.facts
     ref = service.store.ref(record)
     with adapter_errors():
-        parts = [_part(service, part) for part in record.parts]
+        parts = [_part(service, part) for part in record.parts if tenant.may_use(part.id)]
     return AdapterObject(
         id=record.id,
         object="adapter",

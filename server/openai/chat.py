@@ -29,6 +29,8 @@ from polydelta.server.openai.schemas import ChatRequest, StreamOptions
 from polydelta.server.openai.stream import EventStream, chunk_usage, reason
 from polydelta.server.openai.usage import UsageCount
 from polydelta.server.service import Service
+from polydelta.server.tenants.tenant import Tenant, tenant_of
+from polydelta.server.tenants.terms import terms_of
 from polydelta.server.tracing import trace_of
 
 if TYPE_CHECKING:  # imports OpenTelemetry, which is an extra
@@ -41,7 +43,7 @@ def chat_router(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=ChatCompletion)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, as the base model or as an adapter."""
-        reply, generation = await _prepare(service, body, trace_of(request))
+        reply, generation = await _prepare(service, body, tenant_of(request), trace_of(request))
         if body.stream:
             return EventStream(generation, reply, reply.options, service.metrics.refusals)
         with generation:
@@ -55,7 +57,7 @@ def chat_router(service: Service) -> APIRouter:
 
 
 async def _prepare(
-    service: Service, body: ChatRequest, trace: RequestTrace | None
+    service: Service, body: ChatRequest, tenant: Tenant, trace: RequestTrace | None
 ) -> tuple[ChatReply, Generation]:
     """The reply to be written, and what it is made of. Raises ApiError."""
     arrived = time.monotonic()
@@ -63,6 +65,7 @@ async def _prepare(
     wanted = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
     if trace is not None:
         trace.asked("chat", body, wanted)
+    terms = terms_of(tenant, body)
     service.check_alive()
     engine = service.engine
     prompt = await encode_chat(engine, body.messages)
@@ -70,7 +73,7 @@ async def _prepare(
     limit = output_limit(engine, len(prompt), wanted, limit_name)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = sampling_params(engine, body, limit, logprobs)
-    lease = await service.lease(body.model, body.weighted_adapters)
+    lease = await service.lease(tenant, body.model, body.weighted_adapters)
     if trace is not None:
         trace.served_by(lease, reply.usage)
     service.metrics.asked(body.n, prompts=1)
@@ -80,13 +83,14 @@ async def _prepare(
             prompt,
             choice,
             lease.shares,
-            priority=body.priority,
-            cache_salt=body.cache_salt,
             arrived=arrived,
+            **terms,
         )
         for index, choice in enumerate(for_choices(sampling, body.n))
     ]
-    return reply, Generation(engine, requests, lease, body.stream, trace)
+    return reply, Generation(
+        engine, requests, lease, service.budgets.of(tenant), body.stream, trace
+    )
 
 
 class ChatReply:

@@ -30,6 +30,8 @@ from polydelta.server.openai.schemas import CompletionRequest, StreamOptions
 from polydelta.server.openai.stream import EventStream, chunk_usage, reason
 from polydelta.server.openai.usage import UsageCount
 from polydelta.server.service import Service
+from polydelta.server.tenants.tenant import Tenant, tenant_of
+from polydelta.server.tenants.terms import terms_of
 from polydelta.server.tracing import trace_of
 
 if TYPE_CHECKING:  # imports OpenTelemetry, which is an extra
@@ -45,7 +47,7 @@ def completions_router(service: Service) -> APIRouter:
     @router.post("/v1/completions", response_model=Completion)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or many, with the base model or an adapter."""
-        reply, generation = await _prepare(service, body, trace_of(request))
+        reply, generation = await _prepare(service, body, tenant_of(request), trace_of(request))
         if body.stream:
             return EventStream(generation, reply, reply.options, service.metrics.refusals)
         with generation:
@@ -61,12 +63,13 @@ def completions_router(service: Service) -> APIRouter:
 
 
 async def _prepare(
-    service: Service, body: CompletionRequest, trace: RequestTrace | None
+    service: Service, body: CompletionRequest, tenant: Tenant, trace: RequestTrace | None
 ) -> tuple[CompletionReply, Generation]:
     """The reply to be written, and what it is made of, prompt by prompt. Raises ApiError."""
     arrived = time.monotonic()
     if trace is not None:
         trace.asked("text_completion", body, body.max_tokens)
+    terms = terms_of(tenant, body)
     service.check_alive()
     engine = service.engine
     prompts = await encode_prompts(engine, body.prompt)
@@ -78,7 +81,7 @@ async def _prepare(
         )
         sampling = sampling_params(engine, body, limit, body.logprobs)
         choices += [(prompt, choice) for choice in for_choices(sampling, body.n)]
-    lease = await service.lease(body.model, body.weighted_adapters)
+    lease = await service.lease(tenant, body.model, body.weighted_adapters)
     if trace is not None:
         trace.served_by(lease, reply.usage)
     service.metrics.asked(body.n, prompts=len(prompts))
@@ -88,13 +91,14 @@ async def _prepare(
             prompt,
             choice,
             lease.shares,
-            priority=body.priority,
-            cache_salt=body.cache_salt,
             arrived=arrived,
+            **terms,
         )
         for index, (prompt, choice) in enumerate(choices)
     ]
-    return reply, Generation(engine, requests, lease, body.stream, trace)
+    return reply, Generation(
+        engine, requests, lease, service.budgets.of(tenant), body.stream, trace
+    )
 
 
 class CompletionReply:

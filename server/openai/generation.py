@@ -29,6 +29,7 @@ from polydelta.engine.request import (
 )
 from polydelta.server.errors import ApiError
 from polydelta.server.metrics.refusals import LATE, QUEUE_FULL
+from polydelta.server.tenants.limits import Budget
 
 if TYPE_CHECKING:  # these import torch, which the routes do not need, and OpenTelemetry, an extra
     from polydelta.engine.engine import Engine
@@ -51,8 +52,8 @@ RETRY_AFTER = 1.0
 
 
 class Generation:
-    """Submits the requests on entry; on exit aborts all that have not finished, however it ends,
-    and gives the adapters' lease back.
+    """Takes room in the tenant's budget and submits the requests on entry; on exit aborts all that
+    have not finished, however it ends, and gives back the room and the adapters' lease.
 
     Choice `i` is the output of `requests[i]`. Belongs to the event loop that it was entered on.
     """
@@ -62,14 +63,17 @@ class Generation:
         engine: Engine,
         requests: Sequence[GenerationRequest],
         lease: Lease,
+        budget: Budget,
         streamed: bool,
         trace: RequestTrace | None = None,
     ) -> None:
-        """streamed: outputs are wanted as they come, and not when a choice has finished.
+        """budget: what prompts and answers are charged to, and choices have room in.
+        streamed: outputs are wanted as they come, and not when a choice has finished.
         trace: is told how each choice ended."""
         self._engine = engine
         self._requests = requests
         self._lease = lease
+        self._budget = budget
         self._streamed = streamed
         self._trace = trace
         # Choice and output, oldest first; the engine's thread adds to them.
@@ -90,14 +94,20 @@ class Generation:
         return len(self._requests)
 
     def __enter__(self) -> Self:
+        """Raises ApiError when the tenant may not have so much, or nothing can be submitted."""
         self._loop = asyncio.get_running_loop()
+        prompt_tokens = sum(len(request.prompt_token_ids) for request in self._requests)
+        try:
+            self._budget.take(len(self), prompt_tokens)
+        except ApiError:
+            self._lease.release()
+            raise
         try:
             for index, request in enumerate(self._requests):
                 self._engine.submit(request, partial(self._hand_over, index))
                 self._unfinished[index] = request.request_id
         except RuntimeError:
-            self._abort_unfinished()
-            self._lease.release()
+            self.__exit__()
             if self._engine.alive:
                 raise
             raise ApiError(503, "The engine has stopped and takes no requests.") from None
@@ -105,6 +115,7 @@ class Generation:
 
     def __exit__(self, *_: object) -> None:
         self._abort_unfinished()
+        self._budget.give_back(len(self))
         # After the aborts: the engine forgets a deleted version only when nobody runs with it.
         self._lease.release()
 
@@ -135,6 +146,7 @@ class Generation:
 
     def _hand_over(self, index: int, output: RequestOutput) -> None:
         """On the engine's thread."""
+        self._budget.charge(self._cost(index, output))
         with self._lock:
             self._arrived.append((index, output))
             if len(self._arrived) > self._most_waiting:
@@ -144,6 +156,12 @@ class Generation:
             # A closed loop is a server that has stopped; nobody waits for the output.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._tell)
+
+    def _cost(self, index: int, output: RequestOutput) -> int:
+        """Tokens to pay for; whoever is turned away gets back what the prompt would have cost."""
+        turned_away = output.error is not None and output.error.kind in TURNED_AWAY
+        prompt_tokens = len(self._requests[index].prompt_token_ids)
+        return len(output.token_ids) - (prompt_tokens if turned_away else 0)
 
     def _tell(self) -> None:
         if self._news is not None and not self._news.done():

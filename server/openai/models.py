@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from polydelta.server.adapters.errors import adapter_errors
 from polydelta.server.openai.responses import ModelCard, ModelList
 from polydelta.server.service import Service
+from polydelta.server.tenants.tenant import tenant_of
 
 OWNER = "polydelta"
 
@@ -16,16 +17,18 @@ def models_router(service: Service) -> APIRouter:
 
     # Plain functions: FastAPI runs them in a thread, where reading many folders holds up nobody.
     @router.get("/v1/models")
-    def list_models() -> ModelList:
-        """The base model first, then the adapters as the catalog finds them now."""
+    def list_models(request: Request) -> ModelList:
+        """The base model first, then the adapters as the catalog finds them now: those that the key
+        may use."""
         with adapter_errors():
-            adapters = [_card(service, adapter_id) for adapter_id in service.store.ids()]
+            ids = service.store.ids(tenant_of(request).seen)
+            adapters = [_card(service, adapter_id) for adapter_id in ids]
         return ModelList(object="list", data=[_card(service, service.base_name), *adapters])
 
     @router.get("/v1/models/{name:path}")
-    def show_model(name: str) -> ModelCard:
+    def show_model(name: str, request: Request) -> ModelCard:
         """One model by the name that requests use: the base, `adapter` or `adapter@version`."""
-        service.resolve(name)
+        service.resolve(tenant_of(request), name)
         return _card(service, name)
 
     return router

@@ -67,9 +67,11 @@ def test_equal_sums_come_out_equal_in_whatever_order_they_are_written(
     "weights",
     [[math.nan], [math.inf], [-math.inf, 1.0], [math.inf, -math.inf], [1e308, 1e308, 1e308]],
 )
-def test_a_weight_that_is_not_finite_is_refused_by_name(weights: list[float]) -> None:
-    with pytest.raises(CompositionError, match=r"'bad@1'.*not finite"):
+def test_a_weight_that_is_not_finite_is_refused_without_a_name(weights: list[float]) -> None:
+    with pytest.raises(CompositionError, match=r"not finite") as caught:
         combine([share("good"), *(share("bad", weight) for weight in weights)])
+    # It may be a part of somebody else's composition.
+    assert "bad" not in str(caught.value)
 
 
 def test_too_many_adapters_are_refused_with_the_number() -> None:

@@ -121,14 +121,14 @@ def test_an_id_that_the_catalog_knows_is_not_listed_from_its_folder(
     add(store, "a")
     add(store, "a")
     assert all_of(listing) == ["a@2"]
-    assert names(listing.versions("a")) == ["a@1", "a@2"]
+    assert names(listing.versions(AdapterName("a"))) == ["a@1", "a@2"]
     assert listing.record(AdapterName("a")).source is Source.UPLOAD
     store.catalog.remove("a", [1, 2])
     assert all_of(listing) == []
     with pytest.raises(UnknownAdapterError):
         listing.record(AdapterName("a"))
     with pytest.raises(UnknownAdapterError):
-        listing.versions("a")
+        listing.versions(AdapterName("a"))
 
 
 def test_a_page_is_filtered_by_kind_and_by_labels(

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from polydelta.adapters_store import store as store_module
+from polydelta.adapters_store.allowance import Allowance
 from polydelta.adapters_store.errors import (
     CompositionError,
     InUseError,
@@ -55,7 +56,12 @@ def write(folder: Path, text: str) -> str:
 
 
 def add(
-    store: AdapterStore, adapter_id: str, text: str = "x", *kinds: str, at_least: int = 1
+    store: AdapterStore,
+    adapter_id: str,
+    text: str = "x",
+    *kinds: str,
+    at_least: int = 1,
+    allowance: Allowance | None = None,
 ) -> AdapterRecord:
     """As the publisher does, without looking into the files."""
     staged = store.staging_folder / uuid.uuid4().hex
@@ -63,7 +69,7 @@ def add(
     record = AdapterRecord(
         adapter_id, 0, digest, facts(len(text), *kinds), "base", time.time(), Source.UPLOAD
     )
-    return store.add(record, staged, at_least)
+    return store.add(record, staged, at_least, allowance)
 
 
 def compose(store: AdapterStore, adapter_id: str, *parts: Part) -> AdapterRecord:
@@ -272,6 +278,50 @@ def test_a_store_has_room_until_its_quota_is_used_up(open_store: Open) -> None:
     add(store, "b", "1")
     with pytest.raises(TooLargeError, match=r"holds 10 bytes, but its quota is 10: delete"):
         store.check_room()
+
+
+def test_an_allowance_counts_each_content_of_its_ids_once(store: AdapterStore) -> None:
+    mine = Allowance(("my-*", "x"), quota_bytes=10)
+    add(store, "others", "0123456789")
+    add(store, "my-a", "12345", allowance=mine)
+    add(store, "my-b", "12345", allowance=mine)
+    add(store, "x", "123", allowance=mine)
+    # A sum has no files, though it may have the digest of one.
+    compose(store, "my-sum", Part("my-a", 1, 1.0))
+    with pytest.raises(TooLargeError, match="would take 18 bytes, but your quota is 10: delete"):
+        add(store, "my-c", "0123456789", allowance=mine)
+    with pytest.raises(TooLargeError, match="would take 11 bytes"):
+        add(store, "my-c", "abc", allowance=mine)
+    store.check_room(mine)
+    add(store, "my-c", "ab", allowance=mine)
+    with pytest.raises(TooLargeError, match="would take 11 bytes"):
+        store.check_room(mine)
+    # What the operator adds is not refused, but counts.
+    add(store, "my-c", "operators'")
+    store.delete(AdapterName("my-c"), defer=False)
+    add(store, "my-c", "ab", allowance=mine)
+    assert list(store.ids(mine.ids)) == ["my-a", "my-b", "my-c", "my-sum", "x"]
+
+
+def test_an_allowance_without_a_quota_ends_with_the_store_in_silence(open_store: Open) -> None:
+    store = open_store(quota_bytes=10)
+    mine = Allowance(("my-*",))
+    add(store, "others", "0123")
+    for text in ("01234567", "012345678"):
+        with pytest.raises(TooLargeError, match=r"^The store has no room for more: ask its"):
+            add(store, "my-a", text, allowance=mine)
+    add(store, "my-a", "abcdef", allowance=mine)
+    with pytest.raises(TooLargeError, match=r"^The store has no room for more: ask its"):
+        store.check_room(mine)
+
+
+def test_a_conflict_names_what_may_be_seen(store: AdapterStore) -> None:
+    add(store, "a")
+    compose(store, "secret", Part("a", 1, 1.0))
+    with pytest.raises(InUseError, match=r"^'a@1' is a part of somebody else's composition.$"):
+        store.delete(AdapterName("a"), defer=True, seen=("a", "b*"))
+    with pytest.raises(InUseError, match="'secret@1': delete that first"):
+        store.delete(AdapterName("a"), defer=True, seen=("a", "s*"))
 
 
 def test_contents_that_are_gone_are_mended_by_the_same_files(

@@ -18,6 +18,7 @@ from polydelta.server.adapters import publishing
 from polydelta.server.adapters.multipart import MAX_HEADER_BYTES, MAX_PARTS, read_chunks
 from polydelta.server.adapters.publishing import Publishing
 from polydelta.server.errors import ApiError
+from polydelta.server.tenants.tenant import OPERATOR
 
 # `World` of conftest.py.
 Worlds = Any
@@ -312,7 +313,7 @@ class NoChecks:
     def begin(self) -> Any:
         return self._staging.begin()
 
-    def publish(self, adapter_id: str, staged: Any, labels: Any) -> Published:
+    def publish(self, adapter_id: str, staged: Any, labels: Any, allowance: Any) -> Published:
         self.sizes.append(staged.nbytes)
         return Published(None, created=True)  # type: ignore[arg-type]
 
@@ -343,7 +344,7 @@ def test_an_upload_of_200_mb_takes_a_few_mb_of_memory(
                 yield piece
 
     class WithRoom:
-        def check_room(self) -> None:
+        def check_room(self, allowance: None) -> None:
             pass
 
     class OfNoChecks:
@@ -354,7 +355,7 @@ def test_an_upload_of_200_mb_takes_a_few_mb_of_memory(
     service = OfNoChecks()
     tracemalloc.start()
     try:
-        asyncio.run(Publishing(service).from_form(Sent(), None))  # type: ignore[arg-type]
+        asyncio.run(Publishing(service).from_form(OPERATOR, Sent(), None))  # type: ignore[arg-type]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -14,6 +14,7 @@ from polydelta.adapters_store.listing import AdapterListing
 from polydelta.server.adapters.changes import Changes
 from polydelta.server.adapters.orders import Orders
 from polydelta.server.service import Service
+from polydelta.server.tenants.tenant import OPERATOR
 
 # `World` of conftest.py.
 Worlds = Any
@@ -46,12 +47,12 @@ async def leave(world: Worlds, work: Coroutine[Any, Any, object]) -> None:
             await working
 
 
-@pytest.mark.parametrize("order", ["load", "pin"])
+@pytest.mark.parametrize(("order", "of"), [("load", [OPERATOR, "a"]), ("pin", ["a"])])
 def test_an_order_is_withdrawn_when_its_client_hangs_up(
-    world: Worlds, orders: Orders, make_lora: Make, upload: Upload, order: str
+    world: Worlds, orders: Orders, make_lora: Make, upload: Upload, order: str, of: list[Any]
 ) -> None:
     upload("a", make_lora())
-    asyncio.run(leave(world, getattr(orders, order)("a")))
+    asyncio.run(leave(world, getattr(orders, order)(*of)))
     (given,) = world.engine.orders
     assert isinstance(given.exception(timeout=0), AdapterError)
     assert world.store.catalog.pinned() == []
@@ -79,5 +80,5 @@ def test_an_order_that_fails_after_its_client_hung_up_is_told_to_nobody(
     world: Worlds, orders: Orders, make_lora: Make, upload: Upload, caplog: pytest.LogCaptureFixture
 ) -> None:
     upload("a", make_lora())
-    asyncio.run(leave(world, orders.load("a")))
+    asyncio.run(leave(world, orders.load(OPERATOR, "a")))
     assert caplog.records == []

@@ -19,6 +19,8 @@ from polydelta.engine.request import (
 )
 from polydelta.server.errors import ApiError
 from polydelta.server.openai.generation import CLIENT_GONE, MOST_WAITING, Generation
+from polydelta.server.tenants.limits import Budget
+from polydelta.server.tenants.tenant import OPERATOR
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"prompt": ["a", "b"]}
@@ -216,7 +218,8 @@ def test_what_waits_for_a_slow_client_is_put_together_and_none_of_it_is_lost():
 
     async def scenario():
         lease = Lease("base", (), (), lambda: None)
-        with Generation(taker, requests, lease, streamed=True) as generation:
+        budget = Budget(OPERATOR)
+        with Generation(taker, requests, lease, budget, streamed=True) as generation:
             for number in range(count):
                 for choice in (0, 1, 2):
                     token = TokenLogprob(number, -1.0, ())
