@@ -26,7 +26,7 @@ from sqlalchemy import URL
 
 from polydelta.adapters_store.allowance import Allowance
 from polydelta.adapters_store.catalog import Catalog
-from polydelta.adapters_store.composition import Share, Shares, check_addable, combine
+from polydelta.adapters_store.composition import Share, Shares, check_addable, combine, part_gone
 from polydelta.adapters_store.content import ContentStore, LocalContent, RemoteContent
 from polydelta.adapters_store.errors import InUseError, StoreError, TooLargeError
 from polydelta.adapters_store.file_lock import Presence
@@ -205,7 +205,7 @@ class AdapterStore:
             for part in record.parts:
                 found = self.catalog.find(part.id, part.version)
                 if found is None or found.state is not VersionState.READY:
-                    raise unknown(f"{part.id}@{part.version}")
+                    raise part_gone()
             return self.catalog.add(record, at_least)
 
     def rollback(self, adapter_id: str, version: int) -> AdapterRecord:

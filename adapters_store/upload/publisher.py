@@ -13,9 +13,9 @@ from pathlib import Path
 
 from polydelta.adapters_store.allowance import Allowance
 from polydelta.adapters_store.base_layout import BaseLayout
-from polydelta.adapters_store.composition import sum_digest
+from polydelta.adapters_store.composition import part_gone, sum_digest
 from polydelta.adapters_store.disk_tier import DiskTier
-from polydelta.adapters_store.errors import InvalidAdapterError
+from polydelta.adapters_store.errors import InvalidAdapterError, UnknownAdapterError
 from polydelta.adapters_store.labels import check_labels
 from polydelta.adapters_store.records import AdapterFacts, AdapterRecord, Part, Source
 from polydelta.adapters_store.reference import AdapterName, AdapterRef, check_id
@@ -131,10 +131,7 @@ class Publisher:
         with self._turn, self._store.lease(wanted) as lease:
             for share in lease.shares:
                 self._adopt(share.ref.id)
-            parts = [
-                (self._store.find(AdapterName(s.ref.id, s.ref.version)), s.weight)
-                for s in lease.shares
-            ]
+            parts = [(self._part(share.ref), share.weight) for share in lease.shares]
             record = self._composition(adapter_id, parts)
             at_least = self._adopt(adapter_id)
             newest = self._store.catalog.newest(adapter_id)
@@ -142,6 +139,12 @@ class Publisher:
                 return Published(self._relabelled(newest, labels), created=False)
             record = replace(record, labels=_labels_after(newest, labels))
             return Published(self._store.add_composition(record, at_least), created=True)
+
+    def _part(self, ref: AdapterRef) -> AdapterRecord:
+        try:
+            return self._store.find(AdapterName(ref.id, ref.version))
+        except UnknownAdapterError:
+            raise part_gone() from None
 
     def _relabelled(self, record: AdapterRecord, labels: Mapping[str, str] | None) -> AdapterRecord:
         if labels is None or labels == record.labels:

@@ -183,7 +183,11 @@ class Generation:
         status = 503 if error.kind is ErrorKind.SERVER else 400
         if not self._requests[index].adapters:
             return ApiError(status, error.message)
-        message = f"model: {self._lease.name!r} cannot be served: {error.message}"
+        problem = error.message
+        if not all(self._budget.tenant.may_use(share.ref.id) for share in self._lease.shares):
+            # Whoever may use a composition need not know of its parts.
+            problem = "one of its parts cannot."
+        message = f"model: {self._lease.name!r} cannot be served: {problem}"
         return ApiError(status, message, "model" if status < 500 else None, reason=ADAPTER_FAILED)
 
 

@@ -54,7 +54,7 @@ class Budget:
     to the event loop."""
 
     def __init__(self, tenant: Tenant, clock: Clock = time.monotonic) -> None:
-        self._tenant = tenant
+        self.tenant = tenant
         limit = tenant.tokens_per_minute
         self._bucket = None if limit is None else TokenBucket(limit, clock)
         # Choices under way.
@@ -66,7 +66,7 @@ class Budget:
         prompt_tokens: of all choices. Raises ApiError 429 when another try may do better, and 400
         when none will; nothing is taken then.
         """
-        most = self._tenant.max_concurrent
+        most = self.tenant.max_concurrent
         if most is not None and choices > most:
             raise ApiError(
                 400,
@@ -85,7 +85,7 @@ class Budget:
             if wait := self._bucket.wait():
                 raise ApiError(
                     429,
-                    f"This key has used up its {self._tenant.tokens_per_minute} tokens a minute: "
+                    f"This key has used up its {self.tenant.tokens_per_minute} tokens a minute: "
                     "try again after the seconds that Retry-After says.",
                     reason=TENANT_RATE,
                     retry_after=wait,

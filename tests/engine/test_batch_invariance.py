@@ -118,9 +118,14 @@ def test_the_default_model_answers_alike_alone_and_in_a_crowd(
     requests = make_requests(FolderCatalog([root]), 40, 24)
     with serve(default_checkpoint, pool_bytes=1 << 30) as engine:
         alone = {r.request_id: run(engine, [r])[r.request_id].token_ids for r in requests}
-    # 30 layers of 24,576-byte pages: 130 pages, of which lora-40 alone takes 67.
+    # 30 layers of 24,576-byte pages: 130 pages, of which lora-40 alone takes 67. In the order of
+    # arrival, as adapters that take turns leave enough room.
     with serve(
-        default_checkpoint, pool_bytes=130 * 30 * 24576, max_batch_tokens=40, max_batch_size=12
+        default_checkpoint,
+        pool_bytes=130 * 30 * 24576,
+        max_batch_tokens=40,
+        max_batch_size=12,
+        scheduling_policy="fcfs",
     ) as engine:
         together = submit_staggered(engine, requests)
         stats = engine.stats()
