@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from polydelta.adapters_store.delta_kinds import ADDABLE, NOT_SERVED
-from polydelta.adapters_store.errors import CompositionError
+from polydelta.adapters_store.errors import CompositionError, UnknownAdapterError
 from polydelta.adapters_store.reference import AdapterRef
 
 MAX_SHARES = 8
@@ -54,6 +54,11 @@ def combine(shares: Iterable[Share]) -> Shares:
             )
     kept = [Share(ref, weight) for ref, weight in totals.items() if weight != 0.0]
     return tuple(sorted(kept, key=lambda share: share.ref.name))
+
+
+def part_gone() -> UnknownAdapterError:
+    """Without its name, for the same reason as above."""
+    return UnknownAdapterError("compose: a part has been deleted meanwhile; ask again without it.")
 
 
 def _total(weights: Iterable[float]) -> float:

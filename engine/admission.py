@@ -6,6 +6,7 @@ those of all its tokens so far, but for what the prefix cache has of them and so
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import Any
 
 from polydelta.adapters_store.composition import sum_digest
@@ -78,11 +79,11 @@ class Admission:
     def preempt(self, sequence: Sequence) -> None:
         """Takes everything away; what is worth it goes to host RAM."""
         self._preemption.leave(sequence)
-        self.release(sequence)
+        self.release(sequence, comes_back=True)
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence, comes_back: bool = False) -> None:
         """Takes everything away from a sequence that runs."""
-        self._kv.release(sequence)
+        self._kv.release(sequence, comes_back)
         sequence.prefix_pages, sequence.prefix_rest = [], None
         for ref in sequence.adapter_refs:
             self._residency.release(ref)
@@ -91,9 +92,15 @@ class Admission:
         """It left for good."""
         self._preemption.forget(sequence)
 
-    def pages_of_own(self, sequence: Sequence) -> int:
-        """Pages of KV that are free to be had once it has left."""
-        return self._kv.num_own_pages(sequence)
+    def pages_of_own(self, sequence: Sequence, prefix: list[int]) -> int:
+        """Pages of KV that can be had once it has left, but for those of a prefix that is wanted
+        itself."""
+        return self._kv.num_own_pages(sequence, besides=prefix)
+
+    def share(self, sequences: Seq[Sequence]) -> float:
+        """What they hold together of the pages that KV may have."""
+        pages = {page for sequence in sequences for page in sequence.block_table}
+        return len(pages) / self._pools.kv.num_pages
 
     def grow(self, sequence: Sequence, count: int) -> None:
         """Room for its next `count` tokens; `can_grow` was asked before."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -119,9 +119,9 @@ class KVCache:
         """How many of these pages the pool counts as evictable."""
         return sum(1 for page in pages if page not in self._users)
 
-    def num_own_pages(self, sequence: Sequence) -> int:
-        """Pages that nobody else uses."""
-        return sum(self._users[page] == 1 for page in sequence.block_table)
+    def num_own_pages(self, sequence: Sequence, besides: Collection[int] = ()) -> int:
+        """Pages that nobody else uses, but for those that are named."""
+        return sum(self._users[page] == 1 and page not in besides for page in sequence.block_table)
 
     def admit(self, sequence: Sequence, prefix: list[int]) -> None:
         """Gives a sequence the prefix that `find_prefix` found for it."""
@@ -163,8 +163,10 @@ class KVCache:
                 self.pool.free([page])
         sequence.num_published = full
 
-    def release(self, sequence: Sequence) -> None:
-        """Takes a sequence's pages away: published ones are kept while there is room."""
+    def release(self, sequence: Sequence, comes_back: bool = False) -> None:
+        """Takes a sequence's pages away: published ones are kept while there is room.
+
+        comes_back: it will want them again."""
         # From the end: a block is worthless without those before it, so it must leave first.
         for page in reversed(sequence.block_table):
             self._users[page] -= 1
@@ -177,7 +179,8 @@ class KVCache:
             else:
                 cost = self.costs.prefill_seconds(self.block_size)
                 forget = partial(self._forget, block)
-                self.pool.retire(block.hash, [page], cost, block.hits, forget)
+                uses = max(block.hits, comes_back)
+                self.pool.retire(block.hash, [page], cost, uses, forget)
                 if any(self.is_gone(share.ref) for share in block.adapters):
                     self.pool.evict(block.hash, EvictionReason.DELETED)
         sequence.block_table = []

@@ -32,6 +32,7 @@ class Prefetching:
             for ref in flow.refs:
                 # Whoever is first gets all that it needs: sums of which each has a part would wait
                 # for each other for ever.
-                is_first = flow is line[0]
-                if is_first or self._residency.num_on_their_way() < MAX_PREFETCHED:
+                if flow is line[0] and self._residency.num_on_their_way() >= MAX_PREFETCHED:
+                    self._residency.drop_from_host(besides=flow.refs)
+                if flow is line[0] or self._residency.num_on_their_way() < MAX_PREFETCHED:
                     self._residency.prefetch(ref)

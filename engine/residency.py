@@ -79,6 +79,8 @@ class Residency(Generic[Packed, Bound]):
         # Called on a loader's thread when a load ends, so that the engine looks again.
         self._on_loaded = on_loaded
         self._entries: dict[AdapterRef, AdapterEntry[Packed, Bound]] = {}
+        # Loads under way that nobody waits for any more.
+        self._abandoned: list[Future[Packed]] = []
         self.usage = usage
         self.num_load_failures = 0
         self.evictions = Counter(dict.fromkeys(EvictionReason, 0))
@@ -124,7 +126,16 @@ class Residency(Generic[Packed, Bound]):
     def drop_unused(self, ref: AdapterRef) -> None:
         """Nobody waits for the adapter any more: lets go of what was loaded for the pool."""
         if ref in self._entries and self.state(ref) is not ResidencyState.RESIDENT:
+            if (loading := self._entries[ref].loading) is not None:
+                self._abandoned.append(loading)
             del self._entries[ref]
+
+    def drop_from_host(self, besides: Sequence[AdapterRef]) -> None:
+        """Lets go of one adapter that was brought to the host for the pool, if there is one."""
+        for ref, entry in self._entries.items():
+            if entry.state is ResidencyState.ON_HOST and ref not in besides:
+                del self._entries[ref]
+                return
 
     def pages_to_acquire(self, ref: AdapterRef) -> int:
         """How many available pages `acquire` would take from the pool: those still to be
@@ -221,9 +232,11 @@ class Residency(Generic[Packed, Bound]):
         return AdapterPlace(entry.state, len(entry.pages), entry.users - entry.pinned)
 
     def num_on_their_way(self) -> int:
-        """Adapters that take host RAM, or will, until they are in the pool."""
+        """Adapters that take host RAM, or will, until they are in the pool; loads that nobody waits
+        for any more among them."""
         ways = (ResidencyState.LOADING_TO_HOST, ResidencyState.ON_HOST)
-        return sum(entry.state in ways for entry in self._entries.values())
+        self._abandoned = [loading for loading in self._abandoned if not loading.done()]
+        return len(self._abandoned) + sum(e.state in ways for e in self._entries.values())
 
     def num_pinned_pages(self, besides: Sequence[AdapterRef] = ()) -> int:
         return sum(

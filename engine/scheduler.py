@@ -31,7 +31,7 @@ from polydelta.engine.prefetching import MAX_PREFETCHED, Prefetching
 from polydelta.engine.request import ErrorKind, RequestError
 from polydelta.engine.residency import Residency
 from polydelta.engine.sequence import SampledToken, Schedule, ScheduledSequence, Sequence
-from polydelta.engine.waiting import Flow, Line, WaitingQueue
+from polydelta.engine.waiting import Flow, Key, Line, WaitingQueue
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,8 @@ class Scheduler:
         return self._limits.max_batch_size
 
     def add(self, sequence: Sequence) -> None:
-        """To those that wait, or to the failures where too many do."""
-        places = self._limits.max_batch_size - len(self.running)
-        refusal = self._overload.refusal(sequence, self.waiting, places)
+        """To those that wait, or to the failures where it would wait for too long."""
+        refusal = self._overload.refusal(sequence, self.waiting, self._clock())
         if refusal is not None:
             sequence.has_left = True
             self._failures.append(Failure(sequence, refusal))
@@ -146,8 +145,6 @@ class Scheduler:
                 self._admission.grow(sequence, tokens)
                 shares[sequence] = tokens
                 budget -= tokens
-                if sequence.num_uncomputed == 1:
-                    self._policy.charge(sequence, 0, 1)
         for sequence, error in self._overload.late(self.waiting, self._clock()):
             self._fail(sequence, error)
         # Before the admission: what host RAM has is there at once, and enters in this step.
@@ -156,12 +153,16 @@ class Scheduler:
         # waiting are looked at now: nothing would wake the loop to do it later.
         if not shares or self.num_preemptions == preemptions:
             self._admit_waiting(line, budget, shares)
+        for sequence, error in self._overload.excess(self.waiting, self._keys, self._clock()):
+            self._fail(sequence, error)
         return [ScheduledSequence(sequence, tokens) for sequence, tokens in shares.items()]
 
     def advance(self, schedule: Schedule) -> None:
         """Takes note that a step was launched."""
         for scheduled in schedule:
             scheduled.sequence.num_computed += scheduled.num_tokens
+            if scheduled.num_tokens == 1 and not scheduled.is_prefill:
+                self._policy.charge(scheduled.sequence, 0, 1)
             if scheduled.samples:
                 scheduled.sequence.expect_token()
 
@@ -245,14 +246,17 @@ class Scheduler:
         return line
 
     def _next_in_line(self) -> Line:
-        most = max(MAX_PREFETCHED, self._limits.max_batch_size)
-        key = self._policy.keys(self.waiting.flows, self._is_resident)
-        return self.waiting.line(most, key)
+        return self.waiting.line(MAX_PREFETCHED + self._limits.max_batch_size, self._keys())
+
+    def _keys(self) -> Callable[[Flow], Key]:
+        return self._policy.keys(self.waiting.flows, self._is_resident)
 
     def _is_resident(self, flow: Flow) -> bool:
         return all(map(self._residency.is_resident, flow.refs))
 
     def _admit_waiting(self, line: Line, budget: int, shares: dict[Sequence, int]) -> None:
+        # Once the first in line has to wait, only those may enter for whom others make way.
+        in_the_way: list[Sequence] | None = None
         for sequence in line.in_turn():
             if budget == 0:
                 break
@@ -263,41 +267,51 @@ class Scheduler:
                 self._fail(sequence, RequestError(problem))
                 continue
             prefix = self._admission.find_prefix(sequence)
-            victims = self._who_makes_way(sequence, prefix)
-            if victims is None:
-                break
+            if in_the_way is None and self._fits(sequence, prefix, ()):
+                victims: Seq[Sequence] = ()
+            else:
+                if in_the_way is None:
+                    in_the_way = self._policy.in_the_way(self.running, self._share)
+                victims = self._who_makes_way(sequence, prefix, in_the_way)
+                if not victims and not in_the_way:
+                    break
+                if not victims:
+                    continue
+                del in_the_way[: len(victims)]
             for victim in victims:
                 budget += shares.pop(victim, 0)
                 self._preempt(victim)
-            tokens = self._admit(sequence, prefix, budget)
+            tokens = self._admit(sequence, budget)
             shares[sequence] = tokens
             budget -= tokens
 
-    def _who_makes_way(self, sequence: Sequence, prefix: list[int]) -> list[Sequence] | None:
-        """Those that must be preempted so that the sequence can enter, mostly nobody; None where
-        it has to wait."""
-        victims: list[Sequence] = []
-        candidates = self._policy.in_the_way(sequence, self.running, self._share)
-        freed = 0
-        while len(self.running) - len(victims) >= self.max_batch_size or not (
-            self._admission.can_admit(sequence, prefix, freed)
-        ):
-            victim = next(candidates, None)
-            if victim is None:
-                return None
-            victims.append(victim)
-            freed += self._admission.pages_of_own(victim)
-        return victims
+    def _who_makes_way(
+        self, sequence: Sequence, prefix: list[int], in_the_way: Seq[Sequence]
+    ) -> Seq[Sequence]:
+        """Those of them that must be preempted so that the sequence can enter; nobody where that
+        would not do, or where its account has somebody running."""
+        if any(one.account == sequence.account for one in self.running):
+            return ()
+        for number in range(1, len(in_the_way) + 1):
+            if self._fits(sequence, prefix, in_the_way[:number]):
+                return in_the_way[:number]
+        return ()
 
-    def _share(self, sequence: Sequence) -> float:
-        """Of the places, or of the pool's pages, whichever is more."""
-        pages = len(sequence.block_table) / self._pools.kv.num_pages
-        return max(pages, 1 / self._limits.max_batch_size)
+    def _fits(self, sequence: Sequence, prefix: list[int], without: Seq[Sequence]) -> bool:
+        """Whether the sequence can enter, without some of those that run."""
+        freed = sum(self._admission.pages_of_own(one, prefix) for one in without)
+        is_place = len(self.running) - len(without) < self._limits.max_batch_size
+        return is_place and self._admission.can_admit(sequence, prefix, freed)
 
-    def _admit(self, sequence: Sequence, prefix: list[int], budget: int) -> int:
-        """Cannot fail after `_who_makes_way`. Returns the tokens that it computes in this step."""
+    def _share(self, sequences: Seq[Sequence]) -> float:
+        """What they hold together of the places or of the pool's pages, whichever is more."""
+        return max(len(sequences) / self._limits.max_batch_size, self._admission.share(sequences))
+
+    def _admit(self, sequence: Sequence, budget: int) -> int:
+        """Cannot fail after `_fits`. Returns the tokens that it computes in this step."""
         self.waiting.remove(sequence)
-        self._admission.admit(sequence, prefix)
+        # Looked up again: with those that made way, a part may have gone.
+        self._admission.admit(sequence, self._admission.find_prefix(sequence))
         self.running.append(sequence)
         if sequence.admitted_at is None:
             sequence.admitted_at = self._clock()

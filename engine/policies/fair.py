@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence as Seq
+from collections.abc import Callable, Collection, Sequence as Seq
 
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.policies.policy import IsResident, Policy, Share
@@ -90,27 +90,16 @@ class Fair(Policy):
             self._adapters[tenant].charge(tuple(sequence.adapter_refs), cost)
 
     def victim(self, running: Seq[Sequence], share: Share) -> Sequence:
-        return next(_of_flood(running, share), running[-1])
+        return next(iter(self.in_the_way(running, share)), running[-1])
 
-    def in_the_way(
-        self, sequence: Sequence, running: Seq[Sequence], share: Share
-    ) -> Iterator[Sequence]:
-        if any(one.account == sequence.account for one in running):
-            return iter(())
-        return _of_flood(running, share)
-
-
-def _of_flood(running: Seq[Sequence], share: Share) -> Iterator[Sequence]:
-    """The youngest of the account that holds most, as long as it holds more than half.
-
-    Its last one stays: those that it makes way for could not be told from it."""
-    held: dict[str, float] = {}
-    for one in running:
-        held[one.account] = held.get(one.account, 0.0) + share(one)
-    account = max(held, key=held.__getitem__, default="")
-    own = [one for one in running if one.account == account]
-    for one in reversed(own[1:]):
-        if held[account] <= 0.5:
-            return
-        held[account] -= share(one)
-        yield one
+    def in_the_way(self, running: Seq[Sequence], share: Share) -> list[Sequence]:
+        """The youngest of the account that holds most, as long as it holds more than half. Its last
+        one stays: those that it makes way for could not be told from it."""
+        accounts: dict[str, list[Sequence]] = {}
+        for one in running:
+            accounts.setdefault(one.account, []).append(one)
+        largest = max(accounts.values(), key=share, default=[])
+        found = []
+        while len(largest) > 1 and share(largest) > 0.5:
+            found.append(largest.pop())
+        return found

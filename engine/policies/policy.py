@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence as Seq
+from collections.abc import Callable, Collection, Sequence as Seq
 from typing import Protocol
 
 from polydelta.engine.sequence import Sequence
@@ -10,8 +10,8 @@ from polydelta.engine.waiting import Flow, Key
 
 # Whether all that a flow needs is in the pool already.
 IsResident = Callable[[Flow], bool]
-# What one that runs holds of the places or of the pool's pages, 0 to 1, whichever is more.
-Share = Callable[[Sequence], float]
+# What some that run hold together of the places or of the pool's pages, 0 to 1, whichever is more.
+Share = Callable[[Seq[Sequence]], float]
 
 
 class Policy(Protocol):
@@ -39,9 +39,7 @@ class Policy(Protocol):
         """Who is preempted when those that run, in the order of their admission, need pages."""
         return running[-1]
 
-    def in_the_way(
-        self, sequence: Sequence, running: Seq[Sequence], share: Share
-    ) -> Iterator[Sequence]:
-        """Who may be preempted for one that waits, when nothing else would let it in; in this
-        order. running: in the order of admission."""
-        return iter(())
+    def in_the_way(self, running: Seq[Sequence], share: Share) -> list[Sequence]:
+        """Who may be preempted, in this order, for accounts that wait and have nobody running, when
+        nothing else would let them in. running: in the order of admission."""
+        return []

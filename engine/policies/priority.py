@@ -26,7 +26,7 @@ class ByPriority(Policy):
         return float(sum(len(flow) for flow in flows if _rank(flow.head) <= _rank(sequence)))
 
     def victim(self, running: Seq[Sequence], share: Share) -> Sequence:
-        return max(reversed(running), key=lambda sequence: sequence.request.priority)
+        return max(reversed(running), key=_rank)
 
 
 def _rank(sequence: Sequence) -> float:

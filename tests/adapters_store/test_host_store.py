@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from typing import Any
@@ -16,6 +17,7 @@ from polydelta.adapters_store.errors import InvalidAdapterError
 from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.adapters_store.formats.files import folder_digest
 from polydelta.adapters_store.host_store import HostStore
+from polydelta.adapters_store.load_times import LoadTier
 from polydelta.adapters_store.packed import PackedAdapter
 from polydelta.adapters_store.reference import AdapterRef
 
@@ -276,6 +278,27 @@ def test_it_holds_what_has_been_loaded_and_not_what_is_loading(
     future.result(TIMEOUT)
     assert store.holds(ref)
     assert not store.holds(AdapterRef("one", 2, ref.path))
+
+
+def test_to_have_an_adapter_once_more_takes_what_packed_ones_took_unless_it_is_kept(
+    catalog: FolderCatalog, adapter_files: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("kept", "gone"):
+        adapter_files.lora(name)
+    loader = FolderLoader(adapter_files.layout, torch.float32)
+    store = HostStore(loader, capacity_bytes=1 << 20)
+    kept, gone = map(catalog.resolve, ("kept", "gone"))
+    store.load(kept).result(TIMEOUT)
+    # Packing is paid once: only a load of what was packed says what the next one takes.
+    assert store.reload_seconds(gone) == 0
+    monkeypatch.setattr(time, "perf_counter", lambda: 10.0)
+    for began in (9.25, 9.75):
+        loader.times.ended(LoadTier.PACKED, began)
+    assert store.reload_seconds(gone) == 0.5
+    assert store.reload_seconds(kept) == 0
+    store.forget(kept)
+    assert store.reload_seconds(kept) == 0.5
+    store.close()
 
 
 def test_asking_whether_it_holds_an_adapter_is_no_use_of_it(

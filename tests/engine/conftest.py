@@ -25,8 +25,9 @@ from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.models.tokenizer import Tokenizer
 from polydelta.engine.overload import QueueLimits
 from polydelta.engine.policies import POLICIES
+from polydelta.engine.pool import PageAllocator
 from polydelta.engine.pools import Pools
-from polydelta.engine.preemption import Preemption
+from polydelta.engine.preemption import Preemption, Swapping
 from polydelta.engine.request import FinishReason, GenerationRequest, RequestError, SamplingParams
 from polydelta.engine.residency import Residency
 from polydelta.engine.scheduler import Scheduler, SchedulerLimits
@@ -120,6 +121,41 @@ class FakeHost:
         return taken
 
 
+class FakeHostKV:
+    """Host pages that hold what the world's pages do. Copies are for nothing: all that has room is
+    swapped."""
+
+    page_bytes = 3 * PAGE_BYTES
+
+    def __init__(self, memory: dict[int, list[object]], num_pages: int) -> None:
+        self._memory = memory
+        self._allocator = PageAllocator(num_pages)
+        self._saved: dict[int, list[object]] = {}
+
+    @property
+    def num_free(self) -> int:
+        return self._allocator.num_free
+
+    @property
+    def num_used(self) -> int:
+        return self._allocator.num_pages - self.num_free
+
+    def save(self, pages: Seq[int]) -> list[int]:
+        assert 0 < len(pages) <= self.num_free
+        saved = self._allocator.take(len(pages))
+        self._saved |= {to: list(self._memory[page]) for to, page in zip(saved, pages, strict=True)}
+        return saved
+
+    def restore(self, saved: Seq[int], pages: Seq[int]) -> None:
+        for source, page in zip(saved, pages, strict=True):
+            self._memory[page] = list(self._saved[source])
+
+    def drop(self, saved: Seq[int]) -> None:
+        self._allocator.give_back(saved)
+        for page in saved:
+            del self._saved[page]
+
+
 def make_ref(adapter_id: str) -> AdapterRef:
     return AdapterRef(adapter_id, 1, Path("unused"))
 
@@ -145,9 +181,11 @@ class World:
         policy: str = "fcfs",
         adapter_share: float | None = None,
         queue: QueueLimits = NO_LIMITS,
+        host_kv_pages: int = 0,
     ) -> None:
         """adapters: weights of each, in pages. lag: steps that are under way when the next one is
-        scheduled."""
+        scheduled. host_kv_pages: where preempted sequences are swapped to; 0: they are recomputed.
+        """
         self.block_size = block_size
         self.limits = SchedulerLimits(max_batch_tokens, max_batch_size, max_positions, queue)
         self.pools = Pools.of(num_pages, adapter_share)
@@ -170,13 +208,19 @@ class World:
         )
         is_gone = self.residency.is_doomed
         self.kv = KVCache(self.pool, block_size, costs, prefix_caching, is_gone)
+        # page -> what each of its places holds
+        self.memory: dict[int, list[object]] = {
+            page: [None] * block_size for page in range(num_pages)
+        }
+        self.host_kv = FakeHostKV(self.memory, host_kv_pages)
+        swapping = Swapping(self.kv, costs, self.host_kv)
         self.scheduler = Scheduler(
             self.limits,
             POLICIES[policy](),
             self.pools,
             self.kv,
             self.residency,
-            Preemption(),
+            swapping if host_kv_pages else Preemption(),
             lambda: self.now,
         )
         self.control = AdapterControl(self.pools, self.kv, self.residency, self.scheduler)
@@ -190,10 +234,6 @@ class World:
         self.under_way: deque[tuple[Schedule, list[SampledToken | None]]] = deque()
         # All tokens of each sequence, those that the scheduler does not know yet as well.
         self.tokens: dict[Sequence, list[int]] = {}
-        # page -> what each of its places holds
-        self.memory: dict[int, list[object]] = {
-            page: [None] * block_size for page in range(num_pages)
-        }
 
     @property
     def live(self) -> list[Sequence]:
@@ -324,6 +364,8 @@ class World:
         for users in owners.values():
             published = all(index < sequence.num_published for sequence, index in users)
             assert len(users) == 1 or published, "a page that was not published has two users"
+        waits_again = any(sequence.num_preemptions for sequence in self.scheduler.waiting)
+        assert waits_again or not now.host_kv_bytes, "nobody comes back for it"
         for sequence in self.scheduler.waiting:
             assert not sequence.block_table
             assert (sequence.prefix_pages, sequence.prefix_rest) == ([], None)

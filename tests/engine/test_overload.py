@@ -38,11 +38,9 @@ def test_as_many_may_wait_as_the_limit_says_beside_those_that_can_run(world: Wor
     w = world(max_batch_size=2, queue=QueueLimits(max_waiting=3))
     each = [w.submit([1], max_tokens=4) for _ in range(7)]
     (first, second) = step(w)
-    assert list(w.failed) == each[5:]
+    assert list(w.failed) == each[:4:-1]
     assert first.kind is second.kind is ErrorKind.QUEUE_FULL
-    assert first.message == (
-        "The server is busy: 5 requests wait already, and 3 may. Try again later."
-    )
+    assert first.message == "The server is busy: more than 3 requests wait. Try again later."
     assert first.retry_after is not None
     assert first.retry_after >= 1
     w.drain()
@@ -54,16 +52,84 @@ def test_as_many_may_wait_as_the_limit_says_beside_those_that_can_run(world: Wor
 
 def test_prompts_of_those_that_wait_have_so_many_tokens_at_most(world: Worlds) -> None:
     w = world(max_batch_size=1, num_pages=50, queue=QueueLimits(max_waiting_tokens=20))
-    w.submit(range(30))  # nobody waits: it may be as long as it likes
+    w.submit(range(30))  # alone, it may be as long as it likes
+    step(w)
+    w.submit(range(3), max_tokens=5)
     step(w)
     kept = [w.submit(range(9)), w.submit(range(11))]
     refused = w.submit([1])
     (error,) = step(w)
     assert list(w.failed) == [refused]
     assert error.kind is ErrorKind.QUEUE_FULL
-    assert "21 tokens with this one's 1, and may have 20" in error.message
+    assert "have more than 20 tokens" in error.message
     w.drain()
     assert set(kept) <= set(w.finished)
+
+
+def test_limits_count_those_that_wait_for_memory_and_not_those_that_enter_at_once(
+    world: Worlds,
+) -> None:
+    w = world(max_batch_size=50, num_pages=4, block_size=4, queue=QueueLimits(max_waiting=3))
+    each = [w.submit(range(5), max_tokens=3) for _ in range(9)]
+    errors = step(w)
+    # Two of two pages each run.
+    assert len(errors) == 4
+    assert set(w.failed) == set(each[5:])
+    w.drain()
+    assert len(w.finished) == 5
+
+
+def test_of_a_flood_and_a_light_tenant_the_flood_is_refused_when_the_queue_is_full(
+    world: Worlds,
+) -> None:
+    w = world(max_batch_size=1, queue=QueueLimits(max_waiting=4), policy="fair")
+    for _ in range(4):
+        w.submit([1], max_tokens=6, tenant="flood")
+    step(w)
+    light = w.submit([1], tenant="light")
+    for _ in range(5):
+        w.submit([1], max_tokens=6, tenant="flood")
+    step(w)
+    w.drain()
+    assert light in w.finished
+    assert {s.request.tenant for s in w.failed} == {"flood"}
+
+
+def test_one_slow_first_token_does_not_lead_to_refusals_for_ever(world: Worlds) -> None:
+    w = world(queue=QueueLimits(ttft_slo=1.0))
+    w.submit([1])
+    w.scheduler.schedule()  # it is admitted, and its step takes twenty seconds
+    w.now += 20
+    step(w)
+    for _ in range(5):
+        w.now += 600
+        w.submit([1])
+        assert step(w) == []
+
+
+def test_a_queue_that_has_ended_tells_nothing_of_the_next_one(world: Worlds) -> None:
+    w = world(max_batch_size=1, queue=QueueLimits(ttft_slo=5.0), policy="fcfs")
+    first = [w.submit([1], max_tokens=2) for _ in range(20)]
+    while len(w.finished) < 12:
+        step(w)
+    for one in first:
+        if one in w.scheduler.waiting:
+            w.scheduler.remove(one)
+    w.drain()
+    w.now += 3600
+    for _ in range(9):
+        w.submit([1], max_tokens=2)
+    assert step(w) == []
+
+
+def test_all_that_are_late_are_refused_at_once(world: Worlds) -> None:
+    w = world(max_batch_size=1, num_pages=100, queue=QueueLimits(ttft_slo=1.0))
+    w.submit([1], max_tokens=300)
+    step(w)
+    late = [w.submit([2]) for _ in range(20)]
+    w.now += 1.5
+    assert len(step(w)) == 20
+    assert set(w.failed) == set(late)
 
 
 def test_a_request_that_has_waited_too_long_is_refused_before_it_runs(world: Worlds) -> None:

@@ -275,7 +275,7 @@ def test_a_sequence_behind_ones_that_fail_runs_without_anybody_waking_the_loop(
     """Its adapter is not looked at before they have left, so that no load would wake the loop."""
     w = world(max_batch_size=1, num_pages=4, adapters={"a": 1})
     # Of different priorities, they stand for as many queues as are looked at.
-    too_large = [w.submit(range(40), priority=number) for number in range(MAX_PREFETCHED)]
+    too_large = [w.submit(range(40), priority=number) for number in range(MAX_PREFETCHED + 1)]
     behind = w.submit([1], "a")
     assert w.step() == []
     assert list(w.failed) == too_large
@@ -502,6 +502,7 @@ class SchedulerHistory(RuleBasedStateMachine):
         lag=st.integers(0, 1),
         policy=st.sampled_from(["fair", "fcfs", "priority"]),
         adapter_share=st.sampled_from([None, None, 0.5]),
+        host_kv_pages=st.sampled_from([0, 0, 3, 50]),
     )
     def start(self, sizes: list[int], small_sizes: list[int], virtual: int, **limits: Any) -> None:
         adapters = dict(zip(("a", "b", "c", "copy of a"), sizes, strict=True))
@@ -621,6 +622,7 @@ class SchedulerHistory(RuleBasedStateMachine):
         assert set(ends) == set(self.w.submitted)
         assert self.w.kv.used_pages() == []
         assert self.w.residency.used_pages() == []
+        assert self.w.host_kv.num_used == 0
         for pool in (self.w.pools.kv, self.w.pools.adapters):
             assert pool.num_available == pool.num_pages
 

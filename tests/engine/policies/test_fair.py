@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -63,6 +64,57 @@ def test_a_light_tenant_beside_a_flooding_one_has_its_first_token_within_twice_t
     alone, flooded = run(flooded=False), run(flooded=True)
     # A step that is under way cannot be had back, so two steps are the least that can be promised.
     assert max(flooded) <= 2 * max(alone)
+
+
+def test_the_light_tenant_gets_in_though_the_flood_is_first_in_line(world: Worlds) -> None:
+    """The flood's adapter is in the pool, which is worth a bonus; the light one's is not, and it
+    was served more before."""
+    for batch in (2, 8):
+        w = world(
+            num_pages=200, max_batch_size=batch, policy="fair", adapters={"warm": 2, "cold": 2}
+        )  # fmt: skip
+        for _ in range(5):
+            w.submit(range(40), "cold", tenant="light")
+            w.drain()
+        w.evict("cold")
+        for _ in range(20):
+            flood(w, "flooding", "warm", 30, 300)
+            w.step()
+            w.host.finish()
+        light = w.submit(range(5), "cold", tenant="light")
+        # One for its adapter to be loaded, one to run.
+        busy = partial(flood, w, "flooding", "warm", 30, 300)
+        assert steps_to_first_token(w, light, busy) <= 2
+
+
+def test_a_prefix_that_a_flood_uses_too_is_not_counted_as_room(world: Worlds) -> None:
+    """Making way frees the pages of those that go, but not what they share with who comes."""
+    w = world(num_pages=13, block_size=4, policy="fair")
+    shared = range(100, 124)
+    w.submit([99] * 4, tenant="flood", max_tokens=40)
+    w.step()
+    w.submit(shared, tenant="flood", max_tokens=20)
+    for _ in range(3):
+        w.step()
+    light = w.submit([*shared, *range(24)], tenant="light", max_tokens=2)
+    w.drain()
+    assert light in w.finished
+
+
+def test_pages_that_requests_share_do_not_make_a_flood_of_them(world: Worlds) -> None:
+    w = world(num_pages=60, block_size=4, max_batch_size=40, policy="fair")
+    shared = range(24)
+    w.submit(shared, tenant="sharing")
+    w.drain()
+    for number in range(6):
+        w.submit([*shared, number], tenant="sharing", max_tokens=30)
+    w.step()
+    w.submit(range(500, 640), tenant="large", max_tokens=30)
+    w.step()
+    w.submit(range(900, 960), tenant="new", max_tokens=3)
+    w.step()
+    assert all(not s.num_preemptions for s in w.submitted if s.request.tenant == "sharing")
+    w.drain()
 
 
 def test_first_come_first_served_lets_the_light_one_wait_behind_the_flood(world: Worlds) -> None:

@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 
 from polydelta.adapters_store.errors import InUseError
 from polydelta.adapters_store.folders import FolderCatalog
+from polydelta.engine.request import ErrorKind
 from polydelta.server.app import create_app
 from polydelta.server.settings import ServerSettings
 from polydelta.server.stores import disk_tier, make_publisher
@@ -377,6 +378,42 @@ def test_a_weight_too_large_does_not_name_hidden_parts(site: Site, refusal: Refu
     huge = [{"id": "shared-sum", "weight": 1e308}] * 4
     answer = site.ask("acme", "POST", "/v1/completions", model(prompt="Hi", adapters=huge))
     assert "secret" not in refusal(answer, 400, "adapters")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", [ErrorKind.REQUEST, ErrorKind.SERVER])
+def test_a_failed_request_does_not_name_hidden_parts(
+    site: Site, engine: Engines, kind: ErrorKind, stream: bool
+) -> None:
+    engine.error, engine.error_kind = "The files of 'other-secret@2' have changed.", kind
+    status = 400 if kind is ErrorKind.REQUEST else 503
+    hidden = model(prompt="Hi", model="shared-sum", stream=stream)
+    chat = model(adapters=[{"id": "shared-sum", "weight": 2.0}], stream=stream, **CHAT)
+    for path, body in (("/v1/completions", hidden), ("/v1/chat/completions", chat)):
+        answer = site.ask("acme", "POST", path, body)
+        assert answer.status_code == status
+        assert "secret" not in answer.text
+        assert "shared-sum@1' cannot be served: one of its parts cannot." in answer.text
+        assert "'other-secret@2' have changed" in site.ask("other", "POST", path, body).text
+
+
+# What tenants may name, the lease, the sum's own record, and the row that is written.
+@pytest.mark.parametrize("looks", range(4))
+def test_a_part_that_is_deleted_meanwhile_is_not_named(
+    site: Site, world: Worlds, refusal: Refusal, monkeypatch: pytest.MonkeyPatch, looks: int
+) -> None:
+    find = world.store.catalog.find
+    left = looks
+
+    def gone(adapter_id: str, version: int) -> Any:
+        nonlocal left
+        left -= adapter_id == "other-secret"
+        return None if left < 0 and adapter_id == "other-secret" else find(adapter_id, version)
+
+    monkeypatch.setattr(world.store.catalog, "find", gone)
+    compose = {"compose": [{"id": "shared-sum"}, {"id": "acme-own"}]}
+    answer = site.ask("acme", "PUT", "/v1/adapters/acme-sum", compose)
+    assert "secret" not in refusal(answer, 404, "compose")
 
 
 def test_what_others_have_composed_of_an_adapter_is_not_named(site: Site, refusal: Refusal) -> None:
