@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Generic, Protocol
+from typing import Generic
 
 from polydelta.adapters_store.errors import AdapterError, StoreError
 from polydelta.adapters_store.reference import AdapterRef
@@ -32,28 +32,10 @@ from polydelta.engine.adapter_entry import (
 from polydelta.engine.adapter_usage import AdapterUsage
 from polydelta.engine.eviction import CostModel, EvictionReason
 from polydelta.engine.host_adapter import count_pages
+from polydelta.engine.host_tier import Binder, HostTier
 from polydelta.engine.pool import PagePool
 
 logger = logging.getLogger(__name__)
-
-
-class HostTier(Protocol[Packed]):
-    """Where packed adapters come from; loads happen on its own threads."""
-
-    def load(self, ref: AdapterRef) -> Future[Packed]: ...
-
-    def forget(self, ref: AdapterRef) -> None: ...
-
-    def holds(self, ref: AdapterRef) -> bool: ...
-
-    def reload_seconds(self, ref: AdapterRef) -> float:
-        """What it would take to bring the adapter to the host once more, as measured: 0 for one
-        that is there."""
-        ...
-
-
-# Copies a packed adapter into pages of the pool, divided as `AdapterPages` says.
-Binder = Callable[[Packed, Sequence[int]], Bound]
 
 
 class Residency(Generic[Packed, Bound]):

@@ -22,6 +22,7 @@ from polydelta.adapters_store.errors import AdapterError, StoreError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.adapter_entry import AdapterPlace
 from polydelta.engine.admission import Admission
+from polydelta.engine.entrance import Entrance
 from polydelta.engine.kv_cache import KVCache
 from polydelta.engine.overload import Overload, QueueLimits
 from polydelta.engine.policies import Policy
@@ -220,7 +221,7 @@ class Scheduler:
         budget that preempted sequences had been given in this step."""
         freed = 0
         while not self._admission.can_grow(sequence, tokens):
-            victim = self._policy.victim(self.running, self._share)
+            victim = self._policy.victim(self.running, self._entrance().share)
             freed += shares.pop(victim, 0)
             self._preempt(victim)
             if victim is sequence:
@@ -255,10 +256,9 @@ class Scheduler:
         return all(map(self._residency.is_resident, flow.refs))
 
     def _admit_waiting(self, line: Line, budget: int, shares: dict[Sequence, int]) -> None:
-        # Once the first in line has to wait, only those may enter for whom others make way.
-        in_the_way: list[Sequence] | None = None
+        entrance = self._entrance()
         for sequence in line.in_turn():
-            if budget == 0:
+            if budget == 0 or entrance.is_closed:
                 break
             # One that was preempted waits for what a step under way has sampled for it.
             if sequence.num_unknown or not self._admission.is_ready(sequence):
@@ -266,18 +266,9 @@ class Scheduler:
             if (problem := self._admission.problem(sequence)) is not None:
                 self._fail(sequence, RequestError(problem))
                 continue
-            prefix = self._admission.find_prefix(sequence)
-            if in_the_way is None and self._fits(sequence, prefix, ()):
-                victims: Seq[Sequence] = ()
-            else:
-                if in_the_way is None:
-                    in_the_way = self._policy.in_the_way(self.running, self._share)
-                victims = self._who_makes_way(sequence, prefix, in_the_way)
-                if not victims and not in_the_way:
-                    break
-                if not victims:
-                    continue
-                del in_the_way[: len(victims)]
+            victims = entrance.who_makes_way(sequence)
+            if victims is None:
+                continue
             for victim in victims:
                 budget += shares.pop(victim, 0)
                 self._preempt(victim)
@@ -285,30 +276,11 @@ class Scheduler:
             shares[sequence] = tokens
             budget -= tokens
 
-    def _who_makes_way(
-        self, sequence: Sequence, prefix: list[int], in_the_way: Seq[Sequence]
-    ) -> Seq[Sequence]:
-        """Those of them that must be preempted so that the sequence can enter; nobody where that
-        would not do, or where its account has somebody running."""
-        if any(one.account == sequence.account for one in self.running):
-            return ()
-        for number in range(1, len(in_the_way) + 1):
-            if self._fits(sequence, prefix, in_the_way[:number]):
-                return in_the_way[:number]
-        return ()
-
-    def _fits(self, sequence: Sequence, prefix: list[int], without: Seq[Sequence]) -> bool:
-        """Whether the sequence can enter, without some of those that run."""
-        freed = sum(self._admission.pages_of_own(one, prefix) for one in without)
-        is_place = len(self.running) - len(without) < self._limits.max_batch_size
-        return is_place and self._admission.can_admit(sequence, prefix, freed)
-
-    def _share(self, sequences: Seq[Sequence]) -> float:
-        """What they hold together of the places or of the pool's pages, whichever is more."""
-        return max(len(sequences) / self._limits.max_batch_size, self._admission.share(sequences))
+    def _entrance(self) -> Entrance:
+        return Entrance(self._policy, self._admission, self.running, self.max_batch_size)
 
     def _admit(self, sequence: Sequence, budget: int) -> int:
-        """Cannot fail after `_fits`. Returns the tokens that it computes in this step."""
+        """Cannot fail for whom the entrance is open. Returns the tokens of this step."""
         self.waiting.remove(sequence)
         # Looked up again: with those that made way, a part may have gone.
         self._admission.admit(sequence, self._admission.find_prefix(sequence))
