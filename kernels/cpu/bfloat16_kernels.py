@@ -204,16 +204,21 @@ class Bfloat16Kernels(CpuKernels):
 
     def _bound_to(self, copied: CopiedLayers, places: AdapterPlaces) -> list[SiteDeltas | None]:
         """Its sites; layers with the same deltas at the same places share theirs."""
-        known: dict[int, SiteDeltas] = {}
+        known: dict[tuple[int, int, int], SiteDeltas] = {}
         bound: list[SiteDeltas | None] = []
         for site in places.sites:
-            if site is not None and id(site.adds) not in known:
-                known[id(site.adds)] = SiteDeltas(
+            if site is None:
+                bound.append(None)
+                continue
+            # Any of the three may be the one empty tuple that there is.
+            key = id(site.changes), id(site.adds), id(site.biases)
+            if key not in known:
+                known[key] = SiteDeltas(
                     [self.change_output(copied.placed(weights)) for weights in site.changes],
                     [self.add_delta(copied.placed(weights)) for weights in site.adds],
                     [copied.placed(bias) for bias in site.biases],
                 )
-            bound.append(None if site is None else known[id(site.adds)])
+            bound.append(known[key])
         return bound
 
     def write_pages(self, storage: Tensor, pages: Sequence[int], layers: Sequence[Tensor]) -> None:
