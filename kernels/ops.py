@@ -29,6 +29,7 @@ from polydelta.kernels.delta_weights import (
     LowRankWeights,
     SparseWeights,
 )
+from polydelta.kernels.kv_selection import FULL, Selection
 from polydelta.kernels.quantized_weight import QuantizedWeight
 from polydelta.kernels.sampling import SamplingRows
 
@@ -42,8 +43,15 @@ class SequenceSlice:
     length: int
     # Tokens with KV once this step's are stored; the queries are the last `length` of them.
     context: int
-    # Page ids; page i holds tokens i * block_size and on.
+    # Page ids; page i holds tokens i * block_size and on. Below 0 where a page was given back: no
+    # query of these reads it.
     pages: Sequence[int]
+    # What the queries read of the context; where it chooses by query, there is one query.
+    selection: Selection = FULL
+    # The sequence's number among those that run, which nobody else has meanwhile; below 0 for none.
+    slot: int = -1
+    # Tokens of the sequence's prompt, virtual ones counted, for what is evicted when it is done.
+    prompt: int = 0
 
 
 @dataclass(frozen=True)

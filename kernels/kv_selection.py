@@ -1,0 +1,196 @@
+"""Which tokens of the KV cache a query reads: the choices, and how they are written.
+
+    full  window:4+512  quest:1024  double-sparsity:128  infllm:128+4096  snapkv:2048  h2o:0.1+0.1
+
+Numbers are tokens, or for h2o shares of the prompt; what is left out is the authors' default.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Full:
+    """All that came before."""
+
+    name: ClassVar[str] = "full"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Window:
+    """The first tokens and the newest ones (StreamingLLM, arXiv:2309.17453, with the positions that
+    tokens have). For every query, those of prompts too."""
+
+    name: ClassVar[str] = "window"
+    sinks: int = 4
+    # The query's own token included.
+    recent: int = 512
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.sinks}+{self.recent}"
+
+
+@dataclass(frozen=True)
+class Quest:
+    """For each kv head the pages whose keys may score highest, by the least and the most of each
+    channel (arXiv:2406.10774), and always the first page and the query's own. For answers only."""
+
+    name: ClassVar[str] = "quest"
+    # Tokens; the pages that hold as many, at least three.
+    budget: int = 1024
+    # First layers in which everything is read.
+    dense_layers: ClassVar[int] = 2
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.budget}"
+
+
+@dataclass(frozen=True)
+class DoubleSparsity:
+    """For each kv head the tokens that score highest by a few channels of their keys, those that
+    calibration found to matter (arXiv:2408.07092), and always the query's own. For answers only."""
+
+    name: ClassVar[str] = "double-sparsity"
+    budget: int = 128
+    # Of the head's channels, one in so many is a label.
+    label_share: ClassVar[int] = 4
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.budget}"
+
+
+@dataclass(frozen=True)
+class InfLLM:
+    """The first tokens, the newest ones, and the blocks between them whose representative tokens
+    score highest (arXiv:2402.04617). These blocks lie in host RAM. For answers only."""
+
+    name: ClassVar[str] = "infllm"
+    sinks: int = 128
+    recent: int = 4096
+    # Blocks are pages, as many as hold this number of tokens.
+    budget: int = 2048
+    # Representatives of a page.
+    representatives: ClassVar[int] = 4
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.sinks}+{self.recent}+{self.budget}"
+
+
+@dataclass(frozen=True)
+class SnapKV:
+    """When a prompt is done, each kv head keeps the tokens that the prompt's last queries attend to
+    most (arXiv:2404.14469), and those queries' own. What is evicted is merged into the most similar
+    token that stays (EMS, arXiv:2412.08521)."""
+
+    name: ClassVar[str] = "snapkv"
+    # Tokens that stay of a prompt, the window included.
+    capacity: int = 2048
+    # Last queries of the prompt, which vote.
+    window: ClassVar[int] = 32
+    # Neighbours whose votes are averaged.
+    kernel: ClassVar[int] = 5
+
+    def kept(self, prompt: int) -> int:
+        """Tokens that stay of a prompt of so many."""
+        return min(prompt, self.capacity)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.capacity}"
+
+
+@dataclass(frozen=True)
+class H2O:
+    """Each kv head keeps the tokens that have received most attention so far, and the newest ones
+    (arXiv:2306.14048); evicted tokens are merged as in `SnapKV`."""
+
+    name: ClassVar[str] = "h2o"
+    # Shares of the prompt's length.
+    heavy: float = 0.1
+    recent: float = 0.1
+
+    def kept(self, prompt: int) -> int:
+        """Tokens that stay of a prompt of so many."""
+        return min(prompt, max(1, int(self.heavy * prompt)) + max(1, int(self.recent * prompt)))
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.heavy:g}+{self.recent:g}"
+
+
+Selection = Full | Window | Quest | DoubleSparsity | InfLLM | SnapKV | H2O
+
+FULL = Full()
+
+
+@dataclass(frozen=True)
+class _Way:
+    make: Callable[..., Selection]
+    # What the numbers are called; they are joined by "+".
+    numbers: tuple[str, ...] = ()
+    number: type[int] | type[float] = int
+
+
+_WAYS = {
+    "full": _Way(Full),
+    "window": _Way(Window, ("SINKS", "RECENT")),
+    "quest": _Way(Quest, ("TOKENS",)),
+    "double-sparsity": _Way(DoubleSparsity, ("TOKENS",)),
+    "infllm": _Way(InfLLM, ("SINKS", "RECENT", "TOKENS")),
+    "snapkv": _Way(SnapKV, ("TOKENS",)),
+    "h2o": _Way(H2O, ("HEAVY", "RECENT"), float),
+}
+
+SELECTIONS = tuple(_WAYS)
+
+
+def usage(name: str) -> str:
+    """How a selection is written, such as "window[:SINKS+RECENT]"."""
+    numbers = "+".join(_WAYS[name].numbers)
+    return f"{name}[:{numbers}]" if numbers else name
+
+
+def parse_selection(text: str) -> Selection:
+    """Raises ValueError for one that there is not, saying what there is."""
+    name, _, rest = text.partition(":")
+    way = _WAYS.get(name)
+    if way is None:
+        known = ", ".join(map(usage, _WAYS))
+        raise ValueError(f"KV selection {text!r} is not known: use one of {known}.")
+    if not _:
+        return way.make()
+    try:
+        numbers = [_number(part, way.number) for part in rest.split("+")]
+    except ValueError:
+        numbers = []
+    if not numbers or len(numbers) > len(way.numbers):
+        raise ValueError(f"KV selection {text!r} cannot be read: write {usage(name)}.")
+    return _checked(way.make(*numbers), text)
+
+
+def _number(text: str, kind: type[int] | type[float]) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?" if kind is float else r"\d+", text):
+        raise ValueError(text)
+    return kind(text)
+
+
+def _checked(selection: Selection, text: str) -> Selection:
+    """Raises ValueError for numbers with which a query would read nothing."""
+    problem = None
+    match selection:
+        case Window(recent=recent) | InfLLM(recent=recent) if recent < 1:
+            problem = "a query reads its own token at least: RECENT begins at 1"
+        case Quest(budget=budget) | DoubleSparsity(budget=budget) if budget < 1:
+            problem = "TOKENS begins at 1"
+        case SnapKV(capacity=capacity, window=window) if capacity <= window:
+            problem = f"TOKENS must be more than the {window} newest, which always stay"
+        case H2O(heavy=heavy, recent=recent) if not 0 < heavy + recent <= 1 or not recent:
+            problem = "both are shares of the prompt, which together are at most 1"
+    if problem:
+        raise ValueError(f"KV selection {text!r} cannot be used: {problem}.")
+    return selection
