@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from polydelta.kernels.kv_memory import KVKind, KVMemory, decode_blocks
 from polydelta.kernels.kv_selecting import select, summarize
 from polydelta.kernels.kv_selection import Window
-from polydelta.kernels.ops import SequenceSlice
+from polydelta.kernels.ops import Kernels, SequenceSlice
 from polydelta.kernels.upload import upload
 
 # Tokens that are decoded and looked at together.
@@ -44,6 +45,14 @@ class KVRound:
 class KVPlan:
     rounds: Sequence[KVRound]
     recordable = False
+
+
+@runtime_checkable
+class KVKernels(Kernels, Protocol):
+    """Kernels for caches of any format and with any selection."""
+
+    def kv_attention(self, kind: KVKind) -> KVAttention:
+        """The fastest that there is."""
 
 
 class KVAttention:

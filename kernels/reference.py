@@ -29,6 +29,8 @@ from polydelta.kernels.delta_weights import (
     SparseWeights,
 )
 from polydelta.kernels.fusing import FusableWeight, FusedWeight, with_deltas
+from polydelta.kernels.kv_attention import KVAttention
+from polydelta.kernels.kv_memory import KVKind
 from polydelta.kernels.ops import AttentionShape, SequenceSlice
 from polydelta.kernels.quantized_weight import QuantizedWeight
 from polydelta.kernels.reference_deltas import add_delta, change_output
@@ -142,6 +144,9 @@ class ReferenceKernels(Unrecorded):
             mixed = scores.softmax(-1) @ values
             out[rows] = mixed.transpose(0, 1).to(out.dtype)
         return out
+
+    def kv_attention(self, kind: KVKind) -> KVAttention:
+        return KVAttention(kind, self.device)
 
     def add_delta(self, weights: AddWeights) -> AddDelta:
         return partial(add_delta, weights)

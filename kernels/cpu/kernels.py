@@ -24,6 +24,8 @@ from polydelta.kernels.delta_groups import (
     SiteDeltas,
 )
 from polydelta.kernels.delta_weights import AddWeights, ChangeWeights
+from polydelta.kernels.kv_attention import KVAttention
+from polydelta.kernels.kv_memory import KVKind
 from polydelta.kernels.ops import AttentionShape, FusableLinear, SequenceSlice
 from polydelta.kernels.reference import CPU, DenseLinear
 from polydelta.kernels.sampling import SamplingRows
@@ -97,6 +99,9 @@ class CpuKernels(Unrecorded):
 
     def attention(self, plan: attention.AttentionPlan, queries: Tensor, kv: Tensor) -> Tensor:
         return attention.attend(plan, queries, kv)
+
+    def kv_attention(self, kind: KVKind) -> KVAttention:
+        return KVAttention(kind, self.device)
 
     def add_delta(self, weights: AddWeights) -> AddDelta:
         return deltas.add_delta(weights, self._native)
