@@ -7,12 +7,12 @@ can be made from them, without the panel on single adapters.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from load_tests.comparisons import Compared
+from load_tests.results import to_json
 
 Result = Mapping[str, Any]
 
@@ -27,7 +27,7 @@ def write_brief(
 ) -> None:
     """A line for each comparison, then one for each run."""
     lines = [*(one.to_json(suite) for one in compared), *map(brief, results)]
-    path.write_text("".join(_compact(line) + "\n" for line in lines))
+    path.write_text("".join(to_json(line, separators=(",", ":")) + "\n" for line in lines))
 
 
 def brief(result: Result) -> dict[str, Any]:
@@ -45,7 +45,3 @@ def _thinned(values: Sequence[float]) -> list[float]:
     """The last one stays: counters have their growth in it."""
     kept = [*values[:-1:EVERY], *values[-1:]]
     return [round(one, 1) for one in kept]
-
-
-def _compact(line: Mapping[str, Any]) -> str:
-    return json.dumps(line, separators=(",", ":"), default=str)

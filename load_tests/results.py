@@ -17,6 +17,7 @@ from load_tests.run import Run
 from load_tests.scrape import Series
 from load_tests.workload import Tenants
 
+ROOT = Path(__file__).parents[1]
 SHOWN_FAILURES = 3
 # Counters of the server; a result has by how much each grew.
 COUNTERS = ("preemptions", "cold_starts", "adapter_loads", "adapter_load_seconds", "evictions")
@@ -102,9 +103,15 @@ def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 5)
 
 
+def to_json(line: Mapping[str, Any], separators: tuple[str, str] | None = None) -> str:
+    """Where the repository lies is no part of a result: what is in it is named from its root."""
+    text = json.dumps(line, separators=separators, default=str)
+    return text.replace(json.dumps(f"{ROOT}/")[1:-1], "")
+
+
 def write_line(path: Path, line: Mapping[str, Any]) -> None:
     with path.open("a") as file:
-        file.write(json.dumps(line, default=str) + "\n")
+        file.write(to_json(line) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
