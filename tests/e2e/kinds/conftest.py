@@ -60,7 +60,9 @@ class Maker:
     def __init__(self, checkpoint: Checkpoint, root: Path) -> None:
         self._root = root
         source, shape = checkpoint.tensors, checkpoint.config
-        self._weights = {name: source.read(name).float() for name in source.names()}
+        # In an order of their own: that of a set changes from process to process, and what is drawn
+        # for a module with it. Of BitDeltas drawn by chance some answer as the base does.
+        self._weights = {name: source.read(name).float() for name in sorted(source.names())}
         self._config = LlamaConfig(
             vocab_size=shape.vocab_size,
             hidden_size=shape.hidden_size,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,13 @@ from polydelta.adapters_store.packed_deltas import (
     PackedBias,
     PackedDelta,
     PackedLowRank,
+    PackedScale,
 )
 from polydelta.adapters_store.packing_writer import LayerWriter
+from polydelta.engine.adapter_places import adapter_places
 from polydelta.engine.pool_adapter import PoolAdapter, linear_site
 from polydelta.kernels.cpu.bfloat16_kernels import Bfloat16Kernels
-from polydelta.kernels.delta_groups import AdapterSites, DeltaGroup, DeltaSegment
+from polydelta.kernels.delta_groups import AdapterSites, DeltaGroup, DeltaSegment, SitePlaces
 from polydelta.kernels.page_writing import write_pages
 
 BF16 = torch.bfloat16
@@ -145,6 +149,53 @@ def test_what_is_not_read_through_pages_is_copied_together(
     for _ in range(2):
         for got, wanted in zip(results(ours, group, 6), expected, strict=True):
             assert torch.equal(got, wanted)
+
+
+def scale(writer: LayerWriter) -> PackedDelta:
+    return PackedScale(0, 5, writer.vector(torch.randn(90), torch.float32))
+
+
+def bias(writer: LayerWriter) -> PackedDelta:
+    return PackedBias(0, 5, writer.vector(torch.randn(90), torch.float32))
+
+
+def eight_bits(writer: LayerWriter) -> PackedDelta:
+    return low_rank(writer, 0, (3, 2))
+
+
+@pytest.mark.parametrize("make", [scale, bias, eight_bits])
+def test_layers_share_only_deltas_that_all_lie_at_the_same_places(
+    ours: Bfloat16Kernels, make: Callable[[LayerWriter], PackedDelta]
+) -> None:
+    """Of adapters with one kind of delta, whose places differ from layer to layer; that they have
+    none of the other kinds is told by the same object everywhere."""
+    layers = []
+    for layer in range(LAYERS):
+        writer = LayerWriter(BF16, bits=8)
+        writer.vector(torch.randn(50 * layer), torch.float32)
+        delta = make(writer)
+        layers.append(PackedLayer(writer.data(), (delta,)))
+    packed = PackedAdapter("", BF16, tuple(layers))
+    whole = in_one_piece(packed, ours)
+    expected = results(ours, grouped(ours, [(1, 4, whole, 1.0)]), 6)
+    count = -(-packed.bytes_per_layer // 64)
+    storage = torch.full((LAYERS, 2 * count, 64), 0xFF, dtype=torch.uint8)
+    pages = torch.randperm(2 * count)[:count].tolist()
+    write_pages(storage, pages, [layer.data for layer in layers])
+    places = adapter_places([layer.deltas for layer in layers], BF16, storage, pages)
+    none: list[Any] = []
+    sites = [
+        site
+        and SitePlaces(
+            site.layer, *(each or none for each in (site.changes, site.adds, site.biases))
+        )
+        for site in places.sites
+    ]
+    bound = ours.bind_pages(replace(places, sites=sites), whole)
+    group = grouped(ours, [(1, 4, bound, 1.0)])
+    assert group.recordable
+    for got, wanted in zip(results(ours, group, 6), expected, strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_pages_that_cut_vectors_are_copied_together(ours: Bfloat16Kernels) -> None:
