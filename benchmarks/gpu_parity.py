@@ -41,9 +41,9 @@ from polydelta.adapters_store.packing import pack
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.build import assemble
 from polydelta.engine.config import EngineConfig
+from polydelta.engine.kv_spec import kv_page_bytes
 from polydelta.engine.models.config import ModelConfig
 from polydelta.engine.models.decoder import base_layout
-from polydelta.engine.paged_kv import kv_page_bytes
 from polydelta.engine.request import GenerationRequest, RequestOutput, SamplingParams
 from polydelta.kernels.ops import Kernels, kernels_for
 

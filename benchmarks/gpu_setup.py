@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_clock import Ceilings, Clock, measure_ceilings
+from polydelta.engine.kv_spec import kv_page_bytes
 from polydelta.engine.models.config import ModelConfig, RopeConfig
-from polydelta.engine.paged_kv import kv_page_bytes
 from polydelta.kernels.ops import Kernels
 from polydelta.kernels.triton.kernels import TritonKernels
 

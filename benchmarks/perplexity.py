@@ -34,10 +34,11 @@ from benchmarks.machine import describe_machine
 from benchmarks.timed_answer import Client
 from polydelta.engine.build import assemble, weight_bits
 from polydelta.engine.config import EngineConfig
+from polydelta.engine.kv_spec import KVSpec
 from polydelta.engine.models.checkpoint import Checkpoint, open_checkpoint
 from polydelta.engine.models.decoder import HEAD_BITS, Decoder
 from polydelta.engine.models.weights import TensorSource, Weights
-from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
+from polydelta.engine.paged_kv import PagedKV
 from polydelta.kernels.ops import Kernels, SequenceSlice, kernels_for
 from polydelta.kernels.quantized_weight import GROUP, quantize, stored_bits
 
@@ -127,9 +128,9 @@ def _perplexity(checkpoint: Checkpoint, way: Way, kernels: Kernels, tokens: int)
     weights = Weights(checkpoint.tensors, DTYPE, lambda *_: None, weight_bits(way.quantization))
     decoder = Decoder(model, weights, kernels, WINDOW, DTYPE)
     pages = range(WINDOW // BLOCK_SIZE)
-    page_bytes = kv_page_bytes(model, BLOCK_SIZE, DTYPE)
-    storage = torch.zeros(model.num_layers, len(pages), page_bytes, dtype=torch.uint8)
-    cache = PagedKV(storage, model, BLOCK_SIZE, DTYPE, kernels)
+    spec = KVSpec.of(model, DTYPE, BLOCK_SIZE)
+    storage = torch.zeros(model.num_layers, len(pages), spec.page_bytes, dtype=torch.uint8)
+    cache = PagedKV(storage, spec, kernels)
     positions = torch.arange(WINDOW)
     total, count = 0.0, 0
     for start in range(0, len(ids) - WINDOW + 1, COUNTED):

@@ -23,10 +23,10 @@ from polydelta.adapters_store.upload.publisher import Publisher
 from polydelta.engine.build import build_engine
 from polydelta.engine.config import EngineConfig
 from polydelta.engine.engine import Engine
+from polydelta.engine.kv_spec import kv_page_bytes
 from polydelta.engine.models.checkpoint import open_checkpoint
 from polydelta.engine.models.config import ModelConfig
 from polydelta.engine.models.decoder import base_layout
-from polydelta.engine.paged_kv import kv_page_bytes
 
 DTYPE, BLOCK_TOKENS = torch.bfloat16, 16
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

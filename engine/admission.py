@@ -58,8 +58,7 @@ class Admission:
         """Whether its adapters and all its tokens so far fit beside what is in use.
 
         freed: pages of KV that will not be in use any more by then."""
-        pages = self._kv.pages_for(sequence, sequence.num_tokens) - len(prefix)
-        pages += self._kv.idle_among(prefix)  # taken back into use, they are not evictable
+        pages = self._kv.pages_to_admit(sequence, prefix)
         adapters = sum(map(self._residency.pages_to_acquire, sequence.adapter_refs))
         return self._pools.can_allocate(pages - freed, adapters)
 
@@ -100,7 +99,7 @@ class Admission:
     def share(self, sequences: Seq[Sequence]) -> float:
         """What they hold together of the pages that KV may have."""
         pages = {page for sequence in sequences for page in sequence.block_table}
-        return len(pages) / self._pools.kv.num_pages
+        return self._kv.num_used_among(pages) / self._pools.kv.num_pages
 
     def grow(self, sequence: Sequence, count: int) -> None:
         """Room for its next `count` tokens; `can_grow` was asked before."""
@@ -109,6 +108,17 @@ class Admission:
     def can_grow(self, sequence: Sequence, count: int) -> bool:
         missing = self._kv.pages_missing(sequence, sequence.num_computed + count)
         return self._pools.can_allocate(missing, 0)
+
+    def next_chunk(self, sequence: Sequence, room: int) -> int:
+        """How many of its next tokens a step computes that has room for so many; may be 0."""
+        return self._kv.rules.next_chunk(sequence, min(sequence.num_uncomputed, room))
+
+    def launched(self, sequence: Sequence) -> None:
+        """A step was launched that computes some of its tokens: takes what it needs no more."""
+        self._kv.drop_evicted(sequence)
+        if self._kv.leaves_pages(sequence):
+            self.publish(sequence)
+            self._kv.leave_pages(sequence)
 
     def publish(self, sequence: Sequence) -> None:
         """Lets others have what a step has computed."""
@@ -138,7 +148,7 @@ class Admission:
         adapters = sum(map(self._residency.pages_needed, refs))
         window = self._max_positions - sequence.num_prefix_tokens
         longest = max(prompt + 1, min(prompt + sequence.request.sampling.max_tokens, window))
-        pages = self._kv.pages_for(sequence, longest)
+        pages = self._kv.most_pages(sequence, longest)
         pinned = self._residency.num_pinned_pages(besides=refs)
         if self._pools.fit(pages, adapters + pinned):
             return None

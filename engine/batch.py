@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,11 +10,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from polydelta.adapters_store.composition import Shares
+from polydelta.engine.kv_rules import KVRules
+from polydelta.engine.page_copies import PageCopy
 from polydelta.engine.sequence import Schedule, ScheduledSequence, Sequence as TokenSequence
 from polydelta.kernels.ops import SequenceSlice
 from polydelta.kernels.upload import upload
 
 CPU = torch.device("cpu")
+PLAIN = KVRules()
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Batch:
     # [tokens] int64: page * block_size + place, where each token's KV goes
     slots: Tensor
     slices: Sequence[SequenceSlice]
-    # (from, to): pages whose KV is copied in every layer before the step stores its own.
-    page_copies: Sequence[tuple[int, int]]
+    # Copied in every layer before the step stores its own.
+    page_copies: Sequence[PageCopy]
     # Of the flat batch. In none of them: rows of the bare base, and those of a sequence before
     # the token from which its adapter acts.
     adapter_rows: Sequence[AdapterRows]
@@ -74,7 +77,13 @@ class Batch:
         )
 
 
-def build_batch(schedule: Schedule, block_size: int, device: torch.device = CPU) -> Batch:
+def build_batch(
+    schedule: Schedule,
+    block_size: int,
+    device: torch.device = CPU,
+    rules: KVRules = PLAIN,
+) -> Batch:
+    """block_size: tokens of a page; rules: what sequences read of their KV."""
     ordered = sorted(schedule, key=_adapter_names)
     sampling = [item for item in ordered if item.samples]
     tokens: list[int] = []
@@ -90,8 +99,7 @@ def build_batch(schedule: Schedule, block_size: int, device: torch.device = CPU)
         tokens += sequence.token_ids[item.start : item.stop]
         positions += range(virtual + item.start, virtual + item.stop)
         slots += _slots(item, block_size)
-        pages = sequence.prefix_pages + sequence.block_table
-        slices.append(SequenceSlice(first, item.num_tokens, virtual + item.stop, pages))
+        slices += _slices(item, first, rules)
         acts_from = first + item.num_before_activation
         adapter_rows.append(AdapterRows(acts_from, len(tokens), sequence.adapters))
         if item.samples:
@@ -107,7 +115,7 @@ def build_batch(schedule: Schedule, block_size: int, device: torch.device = CPU)
         positions_,
         slots_,
         slices,
-        _page_copies(ordered),
+        _page_copies(ordered, block_size),
         _merged(adapter_rows),
         sample_rows_,
         _merged(
@@ -124,19 +132,36 @@ def _adapter_names(item: ScheduledSequence) -> list[str]:
     return [share.name for share in item.sequence.adapters]
 
 
+def _slices(item: ScheduledSequence, row: int, rules: KVRules) -> Iterator[SequenceSlice]:
+    """Of the rows from `row` on, cut where what they read changes."""
+    sequence = item.sequence
+    pages = sequence.prefix_pages + sequence.block_table
+    prompt = sequence.num_prefix_tokens + sequence.num_prompt_tokens
+    context = sequence.num_prefix_tokens + item.start - sequence.num_evicted
+    for length, selection in rules.parts(item):
+        context += length
+        yield SequenceSlice(row, length, context, pages, selection, sequence.slot, prompt)
+        row += length
+
+
 def _slots(item: ScheduledSequence, block_size: int) -> list[int]:
     """Where the KV of each token goes: into the sequence's own pages, never its adapter's."""
-    pages = item.sequence.block_table
-    shift = item.sequence.num_prefix_tokens % block_size
+    sequence = item.sequence
+    pages = sequence.block_table
+    shift = sequence.num_prefix_tokens % block_size - sequence.num_evicted
     places = range(shift + item.start, shift + item.stop)
     return [pages[place // block_size] * block_size + place % block_size for place in places]
 
 
-def _page_copies(ordered: Iterable[ScheduledSequence]) -> list[tuple[int, int]]:
-    """For those who begin in this step: their adapter's last virtual tokens, where these do not
-    fill a page, into their own first page."""
+def _page_copies(ordered: Iterable[ScheduledSequence], block_size: int) -> list[PageCopy]:
+    """For those who begin in this step: their adapter's last virtual tokens."""
     return [
-        (item.sequence.prefix_rest, item.sequence.block_table[0])
+        PageCopy(
+            item.sequence.prefix_rest,
+            item.sequence.block_table[0],
+            item.sequence.slot,
+            item.sequence.num_prefix_tokens % block_size,
+        )
         for item in ordered
         if item.start == 0 and item.sequence.prefix_rest is not None
     ]

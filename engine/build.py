@@ -16,19 +16,20 @@ from polydelta.adapters_store.row_codes import BITS
 from polydelta.engine.adapter_control import AdapterControl
 from polydelta.engine.adapter_usage import AdapterUsage
 from polydelta.engine.config import EngineConfig
-from polydelta.engine.device import choose_device, dtype_on, limits_for
+from polydelta.engine.device import DeviceLimits, choose_device, dtype_on, limits_for
 from polydelta.engine.engine import Engine
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.gpu_memory import memory_for_pool
+from polydelta.engine.host_pages import DistantPages
+from polydelta.engine.kv_build import kv_rules, kv_setup, kv_spec
 from polydelta.engine.kv_cache import KVCache
+from polydelta.engine.kv_spec import KVSpec
 from polydelta.engine.models.base_weights import checkpoint_layout
 from polydelta.engine.models.checkpoint import Checkpoint, open_checkpoint
-from polydelta.engine.models.config import ModelConfig
 from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.models.errors import ModelError
 from polydelta.engine.models.weights import Weights
 from polydelta.engine.overload import QueueLimits
-from polydelta.engine.paged_kv import kv_page_bytes
 from polydelta.engine.policies import POLICIES
 from polydelta.engine.pools import Pools
 from polydelta.engine.preemption import Preemption, Swapping
@@ -78,10 +79,12 @@ def assemble(
     """An engine for an opened checkpoint. Raises ModelError."""
     device, model = kernels.device, checkpoint.config
     limits, dtype = limits_for(device, config), dtype_on(device, config.dtype)
-    page_bytes = kv_page_bytes(model, config.block_size, dtype)
+    setup = kv_setup(config, model, device, limits)
+    spec = kv_spec(config, setup, model, dtype, checkpoint.id)
+    rules = kv_rules(setup, spec)
     # Where it is known before the weights are read, what does not fit is refused at once.
     pool_bytes = limits.pool_bytes
-    sizes = None if pool_bytes is None else _sizes(pool_bytes, page_bytes, config, model)
+    sizes = None if pool_bytes is None else _sizes(pool_bytes, spec, limits, config)
     if config.scheduling_policy not in POLICIES:
         raise ModelError(
             f"scheduling_policy {config.scheduling_policy!r} is not supported: use one of "
@@ -116,14 +119,13 @@ def assemble(
         left = memory_for_pool(
             decoder,
             kernels,
-            config.block_size,
-            dtype,
+            spec,
             limits.max_batch_tokens,
             limits.max_batch_size,
             config.gpu_memory_utilization,
             fuses=config.fuse_after is not None,
         )
-        sizes = _sizes(left, page_bytes, config, model)
+        sizes = _sizes(left, spec, limits, config)
     layout = checkpoint_layout(checkpoint, dtype)
     loader = make_loader(layout, dtype, config.adapter_bits)
     host = HostStore(loader, config.host_adapter_bytes, pin=device.type == "cuda")
@@ -131,12 +133,13 @@ def assemble(
         decoder,
         kernels,
         sizes.num_pages,
-        config.block_size,
-        dtype,
+        spec,
         host,
         config.fuse_after,
         sizes.max_positions,
         limits.steps_ahead,
+        rules,
+        limits.max_batch_size,
     )
     runner.record_ahead(
         min(limits.max_batch_size, limits.max_batch_tokens),
@@ -147,8 +150,8 @@ def assemble(
     pools = Pools.of(sizes.num_pages, config.adapter_share)
     residency = Residency(
         pools.adapters,
-        page_bytes,
-        config.block_size,
+        spec.page_bytes,
+        spec.block_size,
         host,
         runner.bind_adapter,
         costs,
@@ -156,11 +159,14 @@ def assemble(
         AdapterUsage(config.named_adapters),
     )
     prefix_caching = config.prefix_caching
-    kv = KVCache(pools.kv, config.block_size, costs, prefix_caching, residency.is_doomed)
-    preemption = Preemption()
+    host_kv = distant = None
     if config.host_kv_bytes:
         host_kv = runner.host_kv(config.host_kv_bytes, costs.observe_swap)
-        preemption = Swapping(kv, costs, host_kv)
+        distant = DistantPages(host_kv, sizes.num_pages)
+    kv = KVCache(
+        pools.kv, spec.block_size, costs, prefix_caching, residency.is_doomed, rules, distant
+    )
+    preemption = Preemption() if host_kv is None else Swapping(kv, costs, host_kv)
     scheduler = Scheduler(
         SchedulerLimits(
             limits.max_batch_tokens,
@@ -187,6 +193,7 @@ def assemble(
         wake,
         host.close,
         config.check_integrity,
+        setup,
     )
 
 
@@ -201,19 +208,22 @@ class PoolSizes:
     max_model_len: int
 
 
-def _sizes(pool_bytes: int, page_bytes: int, config: EngineConfig, model: ModelConfig) -> PoolSizes:
-    """page_bytes: of one layer. Raises ModelError for a pool that is too small."""
-    num_pages = pool_bytes // (page_bytes * model.num_layers)
+def _sizes(pool_bytes: int, spec: KVSpec, limits: DeviceLimits, config: EngineConfig) -> PoolSizes:
+    """Raises ModelError for a pool that is too small."""
+    model = spec.config
+    # What sequences have outside of pages is memory as well.
+    left = pool_bytes - spec.open_bytes * (limits.max_batch_size + 1)
+    num_pages = max(0, left) // (spec.page_bytes * model.num_layers)
     num_kv_pages = round(num_pages * (1 - (config.adapter_share or 0.0)))
     if num_kv_pages < 2:
         raise ModelError(
-            f"A pool of {pool_bytes} bytes holds {num_pages} pages of {page_bytes} bytes in each "
-            f"of {model.num_layers} layers: give it more memory."
+            f"A pool of {pool_bytes} bytes holds {num_pages} pages of {spec.page_bytes} bytes "
+            f"in each of {model.num_layers} layers: give it more memory."
         )
     return PoolSizes(
         num_pages,
-        min(model.context_length, num_kv_pages * config.block_size),
-        _max_model_len(config, model.context_length, num_kv_pages),
+        min(model.context_length, num_kv_pages * spec.block_size),
+        _max_model_len(config, model.context_length, num_kv_pages * spec.block_size),
     )
 
 
@@ -225,9 +235,10 @@ def weight_bits(quantization: str | None) -> int | None:
     return bits[quantization]
 
 
-def _max_model_len(config: EngineConfig, context_length: int, num_pages: int) -> int:
-    """The longest sequence that is served, in tokens. Raises ModelError."""
-    asked, fitting = config.max_model_len, num_pages * config.block_size
+def _max_model_len(config: EngineConfig, context_length: int, fitting: int) -> int:
+    """The longest sequence that is served, in tokens, of those that fit the pool. Raises
+    ModelError."""
+    asked = config.max_model_len
     if asked is None:
         # Half of the pool at most: a sequence shares it with its adapter.
         return min(context_length, fitting // 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,16 @@ class EngineConfig:
     max_batch_size: int | None = None
     # Steps that are launched before the tokens of the one before are known, 0 or 1; None as above.
     steps_ahead: int | None = None
-    # Tokens of KV in one page.
+    # Tokens of KV in one page, as the model computes it; other formats have more in as many bytes.
     block_size: int = 16
+    # How keys and values are stored: one of kv_composition.FORMATS.
+    kv_format: str = "native"
+    # What queries read of them, such as "window:4+512" (kernels.kv_selection says more).
+    kv_select: str = "full"
+    # What those of prompts read besides: "full" or "xattention".
+    prefill: str = "full"
+    # What `polydelta calibrate` wrote, for the selection double-sparsity.
+    kv_labels: Path | None = None
     # The one pool that KV and adapters share; None takes 2 GiB, or on a GPU what
     # gpu_memory_utilization leaves.
     pool_bytes: int | None = None

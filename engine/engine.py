@@ -22,6 +22,7 @@ from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.adapter_control import AdapterControl
 from polydelta.engine.adapter_entry import AdapterPlace
 from polydelta.engine.detokenizer import Detokenizer
+from polydelta.engine.kv_setup import KVSetup
 from polydelta.engine.models.tokenizer import Tokenizer
 from polydelta.engine.outputs import deliver, last_output, output_of
 from polydelta.engine.request import (
@@ -44,6 +45,8 @@ logger = logging.getLogger(__name__)
 STATS_PATIENCE = 2.0
 
 Command = Callable[[], None]
+
+PLAIN = KVSetup()
 
 
 class EngineDeadError(RuntimeError):
@@ -75,14 +78,17 @@ class Engine:
         wake: threading.Event,
         close: Callable[[], None],
         check_integrity: bool = False,
+        kv_setup: KVSetup = PLAIN,
     ) -> None:
-        """close: called when the loop has ended, to let go of what loads adapters."""
+        """close: called when the loop has ended, to let go of what loads adapters. kv_setup: how KV
+        is stored and read, as the other parts were made to do it."""
         self.model_id = model_id
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         # What an adapter must fit.
         self.layout = layout
+        self.kv_setup = kv_setup
         self._scheduler = scheduler
         self._adapters = adapters
         self._runner = runner

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from polydelta.engine.kv_spec import KVSpec
 from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.models.errors import ModelError
 from polydelta.engine.models.layers import fused_linears
-from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
+from polydelta.engine.paged_kv import PagedKV
 from polydelta.kernels.ops import Kernels, SequenceSlice
 from polydelta.kernels.sampling import SamplingRows
 
@@ -19,8 +20,7 @@ RESERVE = 3 << 29
 def memory_for_pool(
     decoder: Decoder,
     kernels: Kernels,
-    block_size: int,
-    dtype: torch.dtype,
+    spec: KVSpec,
     rows: int,
     samples: int,
     utilization: float,
@@ -34,13 +34,13 @@ def memory_for_pool(
     """
     device = kernels.device
     torch.cuda.reset_peak_memory_stats(device)
-    largest_step(decoder, kernels, block_size, dtype, rows, samples)
+    largest_step(decoder, kernels, spec, rows, samples)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
-    kept = _bytes_of_linears(decoder, dtype) if fuses else 0
+    kept = _bytes_of_linears(decoder, spec.dtype) if fuses else 0
     return share_for_pool(total, others, peak + kept, utilization)
 
 
@@ -69,21 +69,19 @@ def share_for_pool(total: int, others: int, peak: int, utilization: float) -> in
 def largest_step(
     decoder: Decoder,
     kernels: Kernels,
-    block_size: int,
-    dtype: torch.dtype,
+    spec: KVSpec,
     rows: int,
     samples: int,
 ) -> None:
     """A prompt of so many rows over a pool of its own, and logits for the samples."""
     config = decoder.config
     rows = min(rows, config.context_length)
-    num_pages = -(-rows // block_size)
-    page_bytes = kv_page_bytes(config, block_size, dtype)
+    num_pages = -(-rows // spec.block_size)
     # All layers share one layer's memory: what they compute does not matter.
-    layer = kernels.zeros(1, num_pages, page_bytes)
-    kv = PagedKV(layer.expand(config.num_layers, -1, -1), config, block_size, dtype, kernels)
+    layer = kernels.zeros(1, num_pages, spec.page_bytes)
+    kv = PagedKV(layer.expand(config.num_layers, -1, -1), spec, kernels)
     places = torch.arange(rows, device=kernels.device)
-    kv.prepare(places, [SequenceSlice(0, rows, rows, range(num_pages))])
+    kv.prepare(places, [SequenceSlice(0, rows, rows, range(num_pages), slot=0)])
     hidden = decoder.hidden_states(torch.zeros_like(places), places, kv)
     logits = decoder.logits(hidden[:1].expand(samples, -1).contiguous())
     half = torch.full((samples,), 0.5, dtype=torch.float64, device=kernels.device)

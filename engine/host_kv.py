@@ -59,6 +59,11 @@ class HostKV:
         self._try_out(min(_TRIAL_PAGES, pool_pages, num_pages))
 
     @property
+    def memory(self) -> Tensor:
+        """`[host pages, layers, page_bytes]` uint8."""
+        return self._memory
+
+    @property
     def num_pages(self) -> int:
         return self._allocator.num_pages
 

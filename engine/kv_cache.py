@@ -1,15 +1,17 @@
 """Block tables and the prefix cache: which pages hold the KV of which tokens. Imports no torch.
 
-A full block is known by a hash chained over all tokens up to its end, and over the name and digest
-of the adapter version that computes each block, so that no two variants ever share KV, a new
-version under an old name finds nothing of the old one, and whoever finds a block may use the
-adapter that made it. A request's salt sets it apart from those with other salts. Blocks before the
-token from which an activated LoRA acts are the base's, and shared with it.
+A full block is known by a hash chained over all tokens that its KV depends on, mostly those up to
+its end, and over the name and digest of the adapter version that computes each block, so that no
+two variants ever share KV, a new version under an old name finds nothing of the old one, and
+whoever finds a block may use the adapter that made it. A request's salt sets it apart from those
+with other salts. Blocks before the token from which an activated LoRA acts are the base's, and
+shared with it.
 
 Blocks depend on each other: one that is known is found only behind all before it in its chain.
 So whoever uses a block uses those before it too, and one that leaves takes along those behind it,
 which nobody uses then. Mostly these have left already: the end of a chain is retired first, and its
-blocks are found no more often than those before them.
+blocks are found no more often than those before them. But who gives blocks back in the middle, as
+it reads them no more, uses those behind them: they stay, and nobody finds them again.
 
 Where an adapter puts n virtual tokens before the sequence, the first n % block_size places of the
 sequence's first page are theirs, copied from the adapter's pages. They need no hash of their own:
@@ -19,51 +21,25 @@ the adapter's digest stands for them.
 from __future__ import annotations
 
 import hashlib
+import heapq
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 
-from polydelta.adapters_store.composition import Shares
 from polydelta.adapters_store.reference import AdapterRef
+from polydelta.engine.blocks import Blocks
+from polydelta.engine.cached_block import CachedBlock, PrefixCacheStats
 from polydelta.engine.eviction import CostModel, EvictionReason
+from polydelta.engine.host_pages import DistantPages
+from polydelta.engine.kv_rules import KVRules
 from polydelta.engine.pool import PagePool
-from polydelta.engine.sequence import Sequence
+from polydelta.engine.sequence import GIVEN_BACK, Sequence
 
 BASE_NAMESPACE = "base"
 
 HASH_BYTES = 16
-
-
-@dataclass
-class CachedBlock:
-    """A published page: full, computed, and known by its hash."""
-
-    page: int
-    hash: bytes
-    # Whose it is: it falls with any of these versions.
-    adapters: Shares
-    # Hashes of the block before it in its chain, and of those known that come next.
-    before: bytes | None
-    behind: set[bytes] = field(default_factory=set)
-    # How often another sequence found it. Whoever made it does not count: most prompts are sent
-    # once, and counted they outlived adapters that everybody uses (with room for 20 adapters and
-    # traffic over 20, every second request had to load its own).
-    hits: int = 0
-
-
-@dataclass
-class PrefixCacheStats:
-    """What was asked of the prefix cache, and what it lost."""
-
-    # Prompt tokens asked for, and found.
-    queries: int = 0
-    hits: int = 0
-    # Blocks, by why they left.
-    evictions: Counter[EvictionReason] = field(
-        default_factory=lambda: Counter(dict.fromkeys(EvictionReason, 0))
-    )
 
 
 @dataclass
@@ -76,11 +52,21 @@ class KVCache:
     prefix_caching: bool = True
     # Whether an adapter's version was deleted: what it made is worthless, and goes first of all.
     is_gone: Callable[[AdapterRef], bool] = lambda _: False
+    rules: KVRules = field(default_factory=KVRules)
+    # Where blocks go that are seldom read; None where they stay in the pool.
+    distant: DistantPages | None = None
     stats: PrefixCacheStats = field(default_factory=PrefixCacheStats)
     # Users of each page in a block table.
     _users: Counter[int] = field(default_factory=Counter)
     _by_hash: dict[bytes, CachedBlock] = field(default_factory=dict)
     _by_page: dict[int, CachedBlock] = field(default_factory=dict)
+    # Slots that were given back, lowest on top; all beyond the highest that was taken are free too.
+    _free_slots: list[int] = field(default_factory=list)
+    _num_slots: int = 0
+    _blocks: Blocks = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._blocks = Blocks(self.block_size)
 
     @property
     def num_used_pages(self) -> int:
@@ -91,8 +77,30 @@ class KVCache:
         return list(self._users)
 
     def pages_for(self, sequence: Sequence, num_tokens: int) -> int:
-        """Pages of the sequence's own that its first `num_tokens` tokens take."""
-        return -(-(self._shift(sequence) + num_tokens) // self.block_size)
+        """Pages of the sequence's own that its first `num_tokens` tokens take, with those that were
+        given back."""
+        return self._blocks.pages(sequence, self.rules.num_places(sequence, num_tokens))
+
+    def most_pages(self, sequence: Sequence, num_tokens: int) -> int:
+        """Pages of its own that it takes at any time until it has so many tokens, from none on."""
+        most = self._blocks.pages(sequence, self.rules.most_places(sequence, num_tokens))
+        read = self.rules.most_read(sequence)
+        if read is None:
+            return most
+        sinks, newest = (count + self.block_size - 1 for count in read)
+        # The newest begin anywhere in a page.
+        return min(most, sinks // self.block_size + (newest - 1) // self.block_size + 1)
+
+    def pages_to_admit(self, sequence: Sequence, prefix: list[int]) -> int:
+        """Pages that must be free or idle for a sequence to enter, and to compute all its tokens so
+        far: those of a prefix that nobody uses are idle, and will not be any more."""
+        unread = self._blocks.within(
+            sequence, self.rules.unread(sequence, self._blocks.tokens_in(sequence, len(prefix)))
+        )
+        read = [page for index, page in enumerate(prefix) if index not in unread]
+        missing = self._blocks.pages(sequence, sequence.num_tokens) - len(prefix)
+        idle = len(read) - self.num_used_among(read)
+        return min(missing + idle, self.most_pages(sequence, sequence.num_tokens))
 
     def pages_missing(self, sequence: Sequence, num_tokens: int) -> int:
         """Pages still to be allocated before the first `num_tokens` tokens have a place."""
@@ -107,35 +115,40 @@ class KVCache:
             return []
         self._extend_hashes(sequence, namespace)
         pages: list[int] = []
-        usable = self._full_blocks(sequence, sequence.num_tokens - 1)
-        for block_hash in sequence.block_hashes[:usable]:
+        most = min(sequence.num_tokens - 1, self.rules.num_publishable(sequence))
+        for block_hash in sequence.block_hashes[: self._blocks.full(sequence, most)]:
             block = self._by_hash.get(block_hash)
             if block is None:
                 break
             pages.append(block.page)
+        while not self.rules.may_begin_at(sequence, self._blocks.tokens_in(sequence, len(pages))):
+            pages.pop()
         return pages
 
-    def idle_among(self, pages: list[int]) -> int:
-        """How many of these pages the pool counts as evictable."""
-        return sum(1 for page in pages if page not in self._users)
+    def num_used_among(self, pages: Collection[int]) -> int:
+        """How many of these pages are in a block table; host pages do not count."""
+        return sum(page in self._users for page in pages)
 
     def num_own_pages(self, sequence: Sequence, besides: Collection[int] = ()) -> int:
         """Pages that nobody else uses, but for those that are named."""
         return sum(self._users[page] == 1 and page not in besides for page in sequence.block_table)
 
     def admit(self, sequence: Sequence, prefix: list[int]) -> None:
-        """Gives a sequence the prefix that `find_prefix` found for it."""
+        """Gives a sequence a slot, and the prefix that `find_prefix` found for it."""
+        sequence.slot = heapq.heappop(self._free_slots) if self._free_slots else self._num_slots
+        self._num_slots = max(self._num_slots, sequence.slot + 1)
         for page in prefix:
             block = self._by_page[page]
             self._use(block)
             block.hits += 1
         sequence.block_table = list(prefix)
         sequence.num_published = len(prefix)
-        sequence.num_computed = self._tokens_in(sequence, len(prefix))
+        sequence.num_computed = self._blocks.tokens_in(sequence, len(prefix))
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
             self.stats.queries += sequence.num_prompt_tokens
             self.stats.hits += sequence.num_computed
+        self._give_back_unread(sequence)
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Gives a sequence room for its first `num_tokens` tokens; the pool was asked before."""
@@ -148,12 +161,15 @@ class KVCache:
         if not self.prefix_caching or any(map(self.is_gone, sequence.adapter_refs)):
             return
         self._extend_hashes(sequence, namespace)
-        full = self._full_blocks(sequence, sequence.num_computed)
+        publishable = min(self.rules.num_publishable(sequence), sequence.num_known)
+        full = self._blocks.full(sequence, min(sequence.num_computed, publishable))
         for index in range(sequence.num_published, full):
             page, block_hash = sequence.block_table[index], sequence.block_hashes[index]
             known = self._by_hash.get(block_hash)
             if known is None:
-                self._add(sequence, index)
+                # Nobody would find it where the one before it is not known any more.
+                if not index or sequence.block_hashes[index - 1] in self._by_hash:
+                    self._add(sequence, index)
             else:
                 # Another sequence was faster with the same block: its page does for both, and is
                 # there as long as what this one publishes behind it.
@@ -161,7 +177,52 @@ class KVCache:
                 self._use(known)
                 del self._users[page]
                 self.pool.free([page])
-        sequence.num_published = full
+        sequence.num_published = max(sequence.num_published, full)
+
+    def drop_evicted(self, sequence: Sequence) -> None:
+        """A step that computes some of its tokens was launched: those that it evicts have left."""
+        evicted, sequence.num_evicted = sequence.num_evicted, self.rules.num_evicted(sequence)
+        if sequence.num_evicted > evicted:
+            # With the page of the next token, which would only be taken again.
+            staying = self.pages_for(sequence, sequence.num_computed + 1)
+            for page in sequence.block_table[staying:]:
+                self._leave(page)
+            del sequence.block_table[staying:]
+
+    def leaves_pages(self, sequence: Sequence) -> bool:
+        """Whether there may be blocks that it reads no more, or seldom."""
+        unread = self.rules.unread(sequence, sequence.num_computed)
+        return bool(unread or (self.distant is not None and self.rules.distant(sequence)))
+
+    def leave_pages(self, sequence: Sequence) -> None:
+        """Gives back blocks that it reads no more, and moves those that it seldom reads to host
+        RAM, as far as there is room: the step that was launched last may still read them in the
+        pool, where none writes before it. What others are to find was published."""
+        self._give_back_unread(sequence)
+        if self.distant is None:
+            return
+        table = sequence.block_table
+        blocks = self._to_leave(sequence, self.rules.distant(sequence))
+        near = [index for index in blocks if not self.distant.has(table[index])]
+        away = self.distant.take([table[index] for index in near])
+        for index, page in zip(near, away, strict=False):
+            self._leave(table[index])
+            table[index] = page
+
+    def may_be_saved(self, sequence: Sequence) -> bool:
+        """Whether a copy of its pages is all that it needs to come back."""
+        in_pool = all(page in self._users for page in sequence.block_table)
+        return in_pool and self.rules.may_be_saved(sequence)
+
+    def worth_saving(self, sequence: Sequence) -> tuple[int, int]:
+        """Of how many tokens there is something in the pool, and in how many of its pages."""
+        computed = sequence.num_computed
+        if not self.rules.by_page:
+            return computed, self.pages_for(sequence, computed) if computed else 0
+        pages = self._blocks.full(sequence, computed)
+        while not self.rules.may_begin_at(sequence, self._blocks.tokens_in(sequence, pages)):
+            pages -= 1
+        return self._blocks.tokens_in(sequence, pages), pages
 
     def release(self, sequence: Sequence, comes_back: bool = False) -> None:
         """Takes a sequence's pages away: published ones are kept while there is room.
@@ -169,22 +230,12 @@ class KVCache:
         comes_back: it will want them again."""
         # From the end: a block is worthless without those before it, so it must leave first.
         for page in reversed(sequence.block_table):
-            self._users[page] -= 1
-            if self._users[page]:
-                continue
-            del self._users[page]
-            block = self._by_page.get(page)
-            if block is None:
-                self.pool.free([page])
-            else:
-                cost = self.costs.prefill_seconds(self.block_size)
-                forget = partial(self._forget, block)
-                uses = max(block.hits, comes_back)
-                self.pool.retire(block.hash, [page], cost, uses, forget)
-                if any(self.is_gone(share.ref) for share in block.adapters):
-                    self.pool.evict(block.hash, EvictionReason.DELETED)
+            self._leave(page, comes_back)
         sequence.block_table = []
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_evicted = 0
+        if sequence.slot >= 0:
+            heapq.heappush(self._free_slots, sequence.slot)
+            sequence.slot = -1
 
     def drop(self, ref: AdapterRef) -> None:
         """A version is gone: frees the blocks that it made and nobody uses."""
@@ -210,13 +261,56 @@ class KVCache:
             self.pool.revive(block.hash)
         self._users[block.page] += 1
 
+    def _leave(self, page: int, comes_back: bool = False) -> None:
+        """One block table has it no more, wherever it lies."""
+        if page == GIVEN_BACK:
+            return
+        if self.distant is not None and self.distant.has(page):
+            self.distant.drop(page)
+            return
+        self._users[page] -= 1
+        if self._users[page]:
+            return
+        del self._users[page]
+        block = self._by_page.get(page)
+        if block is None:
+            self.pool.free([page])
+            return
+        cost = self.costs.prefill_seconds(self.block_size)
+        uses = max(block.hits, comes_back)
+        self.pool.retire(block.hash, [page], cost, uses, partial(self._forget, block))
+        if any(self.is_gone(share.ref) for share in block.adapters):
+            self.pool.evict(block.hash, EvictionReason.DELETED)
+
+    def _give_back_unread(self, sequence: Sequence) -> None:
+        unread = self.rules.unread(sequence, sequence.num_computed)
+        for index in reversed(self._to_leave(sequence, unread)):
+            if sequence.block_table[index] == GIVEN_BACK:
+                break  # and so were those before it
+            self._leave(sequence.block_table[index])
+            sequence.block_table[index] = GIVEN_BACK
+
+    def _to_leave(self, sequence: Sequence, positions: range) -> range:
+        """Blocks of it that lie there, computed and of tokens that are known: published, where they
+        ever are."""
+        known = self._blocks.full(sequence, min(sequence.num_computed, sequence.num_known))
+        blocks = self._blocks.within(sequence, positions)
+        return range(blocks.start, min(blocks.stop, known))
+
     def _forget(self, block: CachedBlock, reason: EvictionReason) -> None:
         for behind in reversed(self._all_behind(block)):
-            self.pool.evict(behind, reason)
+            if self._by_hash[behind].page in self._users:
+                self._remove(self._by_hash[behind])
+            else:
+                self.pool.evict(behind, reason)
+        self._remove(block)
+        self.stats.evictions[reason] += 1
+
+    def _remove(self, block: CachedBlock) -> None:
+        """It is not known any more; those behind it were removed before."""
         del self._by_hash[block.hash], self._by_page[block.page]
         if block.before is not None:
             self._by_hash[block.before].behind.remove(block.hash)
-        self.stats.evictions[reason] += 1
 
     def _all_behind(self, block: CachedBlock) -> list[bytes]:
         """Hashes of the blocks behind one, each after those before it."""
@@ -225,38 +319,31 @@ class KVCache:
             found += self._by_hash[block_hash].behind
         return found
 
-    def _shift(self, sequence: Sequence) -> int:
-        """Places of the sequence's first page that its adapter's last virtual tokens take."""
-        return sequence.num_prefix_tokens % self.block_size
-
-    def _full_blocks(self, sequence: Sequence, num_tokens: int) -> int:
-        """How many blocks the sequence's first `num_tokens` tokens fill."""
-        return (self._shift(sequence) + num_tokens) // self.block_size
-
-    def _tokens_in(self, sequence: Sequence, num_blocks: int) -> int:
-        """Tokens of the sequence in its first `num_blocks` blocks, if they are full."""
-        return max(0, num_blocks * self.block_size - self._shift(sequence))
-
     def _first_hash(self, sequence: Sequence) -> bytes:
-        """What chains begin with: different salts share no block."""
-        salt = sequence.request.cache_salt.encode()
-        return hashlib.blake2b(salt, digest_size=HASH_BYTES).digest()
+        """What chains begin with: different salts share no block, nor do different ways to compute
+        the same tokens."""
+        salt, namespace = sequence.request.cache_salt, self.rules.namespace(sequence)
+        way = hashlib.blake2b(namespace.encode(), digest_size=hashlib.blake2b.PERSON_SIZE)
+        return hashlib.blake2b(salt.encode(), digest_size=HASH_BYTES, person=way.digest()).digest()
 
     def _is_of_base(self, sequence: Sequence, block: int) -> bool:
         """Whether the bare base computes the block, with nothing before it that is not its own."""
-        last = self._tokens_in(sequence, block + 1)
+        last = self.rules.depends_on(sequence, self._blocks.tokens_in(sequence, block + 1))
         return not sequence.num_prefix_tokens and last <= sequence.activation
 
     def _extend_hashes(self, sequence: Sequence, namespace: str) -> None:
+        """Of blocks that may be published."""
         hashes = sequence.block_hashes
-        for block in range(len(hashes), self._full_blocks(sequence, sequence.num_known)):
-            start, stop = (self._tokens_in(sequence, count) for count in (block, block + 1))
+        known = min(sequence.num_known, self.rules.num_publishable(sequence))
+        for block in range(len(hashes), self._blocks.full(sequence, known)):
+            start, stop = (self._blocks.tokens_in(sequence, count) for count in (block, block + 1))
             base = self._is_of_base(sequence, block)
             # Equal tokens are not enough where the adapter begins to act within the block: where
             # that is depends on the rest of the prompt.
             acts_from = 0 if base else max(0, sequence.activation - start)
             before = hashes[-1] if hashes else self._first_hash(sequence)
             name = (BASE_NAMESPACE if base else namespace).encode() + b"\0"
-            content = array("q", [acts_from, *sequence.token_ids[start:stop]]).tobytes()
+            tokens = sequence.token_ids[start : self.rules.depends_on(sequence, stop)]
+            content = array("q", [acts_from, *tokens]).tobytes()
             block_hash = hashlib.blake2b(before + name + content, digest_size=HASH_BYTES)
             hashes.append(block_hash.digest())

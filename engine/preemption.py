@@ -8,11 +8,10 @@ cheaper, and back when the sequence enters again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
 
 from polydelta.engine.eviction import CostModel
+from polydelta.engine.host_pages import HostPages
 from polydelta.engine.kv_cache import KVCache
 from polydelta.engine.preemption_mode import PreemptionMode
 from polydelta.engine.sequence import Sequence
@@ -47,29 +46,6 @@ class Preemption:
         """A sequence left for good while it waited."""
 
 
-class HostPages(Protocol):
-    """A bounded number of pages in host RAM; `host_kv.py` has them."""
-
-    @property
-    def page_bytes(self) -> int:
-        """Of one page, all layers together."""
-
-    @property
-    def num_free(self) -> int: ...
-
-    @property
-    def num_used(self) -> int: ...
-
-    def save(self, pages: Seq[int]) -> list[int]:
-        """Copies pages of the pool to host pages, which it returns; `num_free` was asked."""
-
-    def restore(self, saved: Seq[int], pages: Seq[int]) -> None:
-        """Copies host pages to pages of the pool, in their order."""
-
-    def drop(self, saved: Seq[int]) -> None:
-        """Host pages are free again."""
-
-
 @dataclass(frozen=True)
 class _Left:
     """What a preempted sequence had."""
@@ -87,7 +63,8 @@ class Swapping(Preemption):
     room: what is saved stays until its sequence comes back or leaves for good.
 
     Blocks that others use as well are not copied: they are there as long as these run. Should they
-    be gone when the sequence comes back, all of it is computed again.
+    be gone when the sequence comes back, all of it is computed again. So are sequences of which
+    pages are missing, or more was kept than pages.
     """
 
     def __init__(self, kv: KVCache, costs: CostModel, host: HostPages) -> None:
@@ -106,10 +83,12 @@ class Swapping(Preemption):
         return self._host.num_used * self._host.page_bytes
 
     def leave(self, sequence: Sequence) -> None:
+        if not self._kv.may_be_saved(sequence):
+            super().leave(sequence)
+            return
         num_shared = len(sequence.block_table) - self._kv.num_own_pages(sequence)
-        computed = sequence.num_computed
         # The pages after these were for the step at hand, which it is not part of any more.
-        stop = self._kv.pages_for(sequence, computed) if computed else 0
+        computed, stop = self._kv.worth_saving(sequence)
         own = sequence.block_table[num_shared:stop]
         swaps = 0 < len(own) <= self._host.num_free and self._is_cheaper(len(own))
         saved = self._host.save(own) if swaps else None

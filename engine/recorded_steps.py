@@ -21,8 +21,8 @@ from polydelta.kernels.ops import Kernels, RecordedStep
 # without adapters.
 MOST_RECORDINGS = 48
 
-# Rows, and whether any adapter acts on them.
-Shape = tuple[int, bool]
+# Rows, whether any adapter acts on them, and whether attention is the plain one.
+Shape = tuple[int, bool, bool]
 
 
 class RecordedSteps:
@@ -58,10 +58,13 @@ class RecordedSteps:
         group = self._deltas.group
         if group is not None and not group.recordable:
             return None
+        # What a page's end asks for, is not asked for in every step.
+        if not self._kv.recordable:
+            return None
         inputs = [batch.tokens, batch.positions, batch.slots, *self._kv.plans]
         if group is not None:
             inputs.append(group)
-        shape = rows, group is not None
+        shape = rows, group is not None, self._kv.is_plain
         if shape not in self._recordings:
             return self._record(shape, batch, inputs)
         self._recordings.move_to_end(shape)

@@ -9,6 +9,7 @@ from enum import StrEnum
 from itertools import chain
 
 from polydelta.adapters_store.composition import Shares
+from polydelta.kernels.kv_selection import Selection
 
 
 class ErrorKind(StrEnum):
@@ -166,6 +167,8 @@ class GenerationRequest:
     priority: int = 0
     # Prefix blocks are shared between requests of the same salt only.
     cache_salt: str = ""
+    # Which tokens its queries read; None for the server's own choice.
+    kv_select: Selection | None = None
     # By time.monotonic.
     arrived: float = field(default_factory=time.monotonic)
 

@@ -14,14 +14,16 @@ from polydelta.adapters_store.packed_deltas import PackedBias
 from polydelta.adapters_store.packed_tensors import PackedVector
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.adapter_places import LINEARS_PER_LAYER
-from polydelta.engine.batch import AdapterRows, Batch, build_batch
+from polydelta.engine.batch import PLAIN, AdapterRows, Batch, build_batch
 from polydelta.engine.deltas import AdapterSegment, StepDeltas, wrap_decoder
 from polydelta.engine.fusion import Fusion, fusable_linears
 from polydelta.engine.fusion_policy import FusionPolicy
 from polydelta.engine.host_adapter import count_pages
 from polydelta.engine.host_kv import HostKV, Observe
+from polydelta.engine.kv_rules import KVRules
+from polydelta.engine.kv_spec import KVSpec
 from polydelta.engine.models.decoder import Decoder
-from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
+from polydelta.engine.paged_kv import PagedKV
 from polydelta.engine.pool_adapter import PoolAdapter
 from polydelta.engine.prefix_kv import fill_prefix
 from polydelta.engine.recorded_steps import RecordedSteps
@@ -57,26 +59,29 @@ class Runner:
         decoder: Decoder,
         kernels: Kernels,
         num_pages: int,
-        block_size: int,
-        dtype: torch.dtype,
+        spec: KVSpec,
         host: HostStore,
         fuse_after: int | None = None,
         max_positions: int | None = None,
         steps_ahead: int = 0,
+        rules: KVRules = PLAIN,
+        slots: int = 1,
     ) -> None:
-        """host: has the bytes of adapters that are to be fused. fuse_after: steps with one adapter
-        alone before it goes into the base weights; None keeps all adapters unmerged. max_positions:
-        tokens of the longest sequence. steps_ahead: 1 where a step may be launched before the
-        tokens of the one before it are known, else 0."""
+        """spec: how KV is stored. host: has the bytes of adapters that are to be fused. fuse_after:
+        steps with one adapter alone before it goes into the base weights; None keeps all adapters
+        unmerged. max_positions: tokens of the longest sequence. steps_ahead: 1 where a step may be
+        launched before the tokens of the one before it are known, else 0. rules: what sequences
+        read of their KV; slots: how many run at the same time."""
         config = decoder.config
         self._decoder = decoder
         self._kernels = kernels
-        self._block_size = block_size
-        self._dtype = dtype
-        page_bytes = kv_page_bytes(config, block_size, dtype)
+        self._spec = spec
+        self._rules = rules
         # [layers, pages, page_bytes]
-        self._storage = kernels.zeros(config.num_layers, num_pages, page_bytes)
-        self._kv = PagedKV(self._storage, config, block_size, dtype, kernels, max_positions)
+        self._storage = kernels.zeros(config.num_layers, num_pages, spec.page_bytes)
+        # The one that no sequence has: for what adapters put before them.
+        self._spare_slot = slots
+        self._kv = PagedKV(self._storage, spec, kernels, max_positions, slots + 1)
         self._deltas = StepDeltas(kernels)
         self._host = host
         self._fusion = self._policy = None
@@ -104,7 +109,9 @@ class Runner:
     def host_kv(self, num_bytes: int, observe: Observe) -> HostKV:
         """Host RAM for pages of this pool, made before the first of them is used. Raises
         ModelError."""
-        return HostKV(self._storage, num_bytes, observe)
+        host = HostKV(self._storage, num_bytes, observe)
+        self._kv.add_host_pages(host.memory)
+        return host
 
     def enter_thread(self) -> None:
         """To be called by the thread that runs the steps, before its first."""
@@ -125,20 +132,21 @@ class Runner:
         zero = PackedVector(0, 1, torch.float32)
         biases = tuple(PackedBias(linear, 0, zero) for linear in range(LINEARS_PER_LAYER))
         layer = PackedLayer(torch.empty(0, dtype=torch.uint8), biases)
-        packed = PackedAdapter("", self._dtype, (layer,) * config.num_layers)
+        packed = PackedAdapter("", self._spec.dtype, (layer,) * config.num_layers)
         idle = PoolAdapter(packed, self._storage, (0,), self._kernels)
         for done, rows in enumerate(sizes):
             report(done, len(sizes))
-            batch = build_batch((), self._block_size, device).padded(rows)
+            batch = build_batch((), self._spec.block_size, device).padded(rows)
             for segments in ((), (AdapterSegment(0, 1, idle),)):
                 self._kv.prepare(batch.slots, batch.slices)
                 self._deltas.begin(segments)
                 self._recorded.compute(batch)
         # More rows than any recording has.
-        rows = min(max(sizes) + 1, self._storage.shape[1] * self._block_size)
-        pages = range(-(-rows // self._block_size))
-        batch = build_batch((), self._block_size, device).padded(rows)
-        self._kv.prepare(batch.slots, [SequenceSlice(0, rows, rows, pages)])
+        rows = min(max(sizes) + 1, self._storage.shape[1] * self._spec.block_size)
+        pages = range(-(-rows // self._spec.block_size))
+        batch = build_batch((), self._spec.block_size, device).padded(rows)
+        whole = SequenceSlice(0, rows, rows, pages, slot=self._spare_slot)
+        self._kv.prepare(batch.slots, [whole])
         self._deltas.begin([AdapterSegment(0, rows, idle)])
         hidden = self._decoder.hidden_states(batch.tokens, batch.positions, self._kv)
         half = torch.full((1,), 0.5, dtype=torch.float64, device=device)
@@ -148,8 +156,7 @@ class Runner:
 
     def bind_adapter(self, packed: PackedAdapter, pages: Sequence[int]) -> PoolAdapter:
         """Copies a packed adapter into pages of the pool, in the order of `count_pages`."""
-        page_bytes = self._storage.shape[-1]
-        count = count_pages(packed, page_bytes, self._block_size).weights
+        count = count_pages(packed, self._spec.page_bytes, self._spec.block_size).weights
         if packed.prefix is not None:
             # Virtual tokens are the bare base's.
             self._deltas.begin(())
@@ -157,7 +164,7 @@ class Runner:
                 self._fusion.settle(None, self._host.peek)
             with torch.inference_mode():
                 own = pages[count:]
-                fill_prefix(packed.prefix, own, self._block_size, self._kv, self._decoder)
+                fill_prefix(packed.prefix, own, self._spare_slot, self._kv, self._decoder)
         return PoolAdapter(packed, self._storage, pages[:count], self._kernels)
 
     @torch.inference_mode()
@@ -165,7 +172,7 @@ class Runner:
         self, schedule: Schedule, bound: Callable[[AdapterRef], PoolAdapter]
     ) -> LaunchedStep:
         """Begins to compute a step; may return before it is done."""
-        batch = build_batch(schedule, self._block_size, self._kernels.device)
+        batch = build_batch(schedule, self._spec.block_size, self._kernels.device, self._rules)
         if batch.unknown:
             batch = self._with_last_tokens(batch)
         logits = self._logits(self._recorded.padded(batch), bound)
@@ -202,8 +209,7 @@ class Runner:
 
     def _logits(self, batch: Batch, bound: Callable[[AdapterRef], PoolAdapter]) -> Tensor:
         """`[samples, vocab]` float32."""
-        for source, target in batch.page_copies:
-            self._storage[:, target] = self._storage[:, source]
+        self._kv.copy(batch.page_copies)
         self._kv.prepare(batch.slots, batch.slices)
         fused = self._fused(batch)
 

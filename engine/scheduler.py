@@ -140,7 +140,9 @@ class Scheduler:
                 break
             if sequence not in self.running or self._awaits_last(sequence):
                 continue  # preempted by one before it, or done with the step under way
-            tokens = min(sequence.num_uncomputed, budget)
+            tokens = self._admission.next_chunk(sequence, budget)
+            if not tokens:
+                continue
             budget += self._make_room(sequence, tokens, shares)
             if sequence in self.running:
                 self._admission.grow(sequence, tokens)
@@ -162,7 +164,8 @@ class Scheduler:
         """Takes note that a step was launched."""
         for scheduled in schedule:
             scheduled.sequence.num_computed += scheduled.num_tokens
-            if scheduled.num_tokens == 1 and not scheduled.is_prefill:
+            self._admission.launched(scheduled.sequence)
+            if scheduled.num_tokens == 1 and scheduled.samples and not scheduled.is_prefill:
                 self._policy.charge(scheduled.sequence, 0, 1)
             if scheduled.samples:
                 scheduled.sequence.expect_token()
@@ -263,7 +266,7 @@ class Scheduler:
             # One that was preempted waits for what a step under way has sampled for it.
             if sequence.num_unknown or not self._admission.is_ready(sequence):
                 continue
-            if (problem := self._admission.problem(sequence)) is not None:
+            if (problem := self._problem(sequence)) is not None:
                 self._fail(sequence, RequestError(problem))
                 continue
             victims = entrance.who_makes_way(sequence)
@@ -272,15 +275,23 @@ class Scheduler:
             for victim in victims:
                 budget += shares.pop(victim, 0)
                 self._preempt(victim)
-            tokens = self._admit(sequence, budget)
-            shares[sequence] = tokens
-            budget -= tokens
+            if tokens := self._admit(sequence, budget):
+                shares[sequence] = tokens
+                budget -= tokens
+
+    def _problem(self, sequence: Sequence) -> str | None:
+        """Why a sequence that is ready can never run; None where it can."""
+        limits = self._limits
+        return self._admission.problem(sequence) or self._kv.rules.problem(
+            sequence, limits.max_batch_tokens, limits.max_batch_size
+        )
 
     def _entrance(self) -> Entrance:
         return Entrance(self._policy, self._admission, self.running, self.max_batch_size)
 
     def _admit(self, sequence: Sequence, budget: int) -> int:
-        """Cannot fail for whom the entrance is open. Returns the tokens of this step."""
+        """Cannot fail for whom the entrance is open. Returns the tokens of this step, which may be
+        none."""
         self.waiting.remove(sequence)
         # Looked up again: with those that made way, a part may have gone.
         self._admission.admit(sequence, self._admission.find_prefix(sequence))
@@ -290,7 +301,7 @@ class Scheduler:
             self._overload.admitted(sequence.admitted_at, others_wait=bool(self.waiting))
             self._policy.charge(sequence, sequence.num_uncomputed, 0)
         self._policy.left_queue(sequence)
-        tokens = min(sequence.num_uncomputed, budget)
+        tokens = self._admission.next_chunk(sequence, budget)
         self._admission.grow(sequence, tokens)
         return tokens
 

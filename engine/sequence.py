@@ -20,6 +20,8 @@ from polydelta.engine.request import (
 NEVER = sys.maxsize
 # In the place of a token that a step under way will sample.
 UNKNOWN_TOKEN = -1
+# In the place of a page that was given back, as nobody reads it any more.
+GIVEN_BACK = -1
 
 
 class Sequence:
@@ -50,8 +52,13 @@ class Sequence:
         self.prefix_pages: list[int] = []
         self.prefix_rest: int | None = None
         # Its own page ids. After its adapter's full pages, page i of all holds tokens
-        # i * block_size and on, virtual ones counted.
+        # i * block_size and on, virtual ones counted and those without that were evicted. Some may
+        # be GIVEN_BACK, or lie in host RAM: those are beyond the ids of the pool's pages.
         self.block_table: list[int] = []
+        # Its number among those that run, from 0 and as low as there is; below 0 while it waits.
+        self.slot = -1
+        # Of its computed tokens, those whose KV was dropped for good: others moved to their places.
+        self.num_evicted = 0
         # Chained hashes of the full blocks so far; see `kv_cache.py`.
         self.block_hashes: list[bytes] = []
         # Blocks that the prefix cache was told of.

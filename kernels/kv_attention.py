@@ -10,15 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from polydelta.kernels.kv_memory import KVKind, KVMemory, decode_blocks
-from polydelta.kernels.kv_selecting import select, summarize
-from polydelta.kernels.kv_selection import Window
+from polydelta.kernels.kv_eviction import Eviction, evicting
+from polydelta.kernels.kv_memory import KVKind, KVMemory, decode_tokens
+from polydelta.kernels.kv_notes import label_rows, summarize
+from polydelta.kernels.kv_prefill import attended_blocks
+from polydelta.kernels.kv_selecting import precise, select
+from polydelta.kernels.kv_selection import Window, XAttention
 from polydelta.kernels.ops import Kernels, SequenceSlice
+from polydelta.kernels.running_softmax import RunningSoftmax
 from polydelta.kernels.upload import upload
 
 # Tokens that are decoded and looked at together.
@@ -44,6 +49,8 @@ class KVRound:
 @dataclass(frozen=True, eq=False)
 class KVPlan:
     rounds: Sequence[KVRound]
+    # Those of which tokens may leave behind the attention.
+    evicting: Sequence[SequenceSlice] = ()
     recordable = False
 
 
@@ -61,10 +68,12 @@ class KVAttention:
     def __init__(self, kind: KVKind, device: torch.device) -> None:
         self.kind = kind
         self.device = device
+        self._eviction = Eviction(kind, device)
 
     def plan(self, slices: Sequence[SequenceSlice]) -> KVPlan:
         """What each layer needs to know of a step."""
-        return KVPlan([self._round(each) for each in _rounds(self.kind, slices)])
+        rounds = [self._round(each) for each in _rounds(self.kind, slices)]
+        return KVPlan(rounds, evicting(slices))
 
     def attend(
         self,
@@ -77,7 +86,7 @@ class KVAttention:
     ) -> Tensor:
         """queries: `[tokens, heads, head_dim]`; keys, values: `[tokens, kv_heads, head_dim]` ->
         like the queries; rows without context get zeros."""
-        out = torch.zeros_like(queries)
+        out = self.blank(plan, queries)
         for each in plan.rounds:
             self.store(each, memory, keys, values)
             # What is encoded token by token is read as it is stored; a page only behind its end.
@@ -86,7 +95,12 @@ class KVAttention:
             self.read(each, layer, memory, queries, out)
             if self.kind.format.by_page:
                 self.close(each, layer, memory)
+        self.evict(plan.evicting, layer, memory, queries)
         return out
+
+    def blank(self, plan: KVPlan, queries: Tensor) -> Tensor:  # noqa: ARG002
+        """Like the queries: zeros where a row has no context."""
+        return torch.zeros_like(queries)
 
     def store(self, part: KVRound, memory: KVMemory, keys: Tensor, values: Tensor) -> None:
         """Of the round's rows."""
@@ -102,16 +116,32 @@ class KVAttention:
             self.kind.layout.view(memory.pages, name)[pages, places] = rows[:, 0]
 
     def close(self, part: KVRound, layer: int, memory: KVMemory) -> None:
-        """Encodes the pages that have become full, and notes what selections ask of them."""
+        """Encodes the pages that have become full, and notes what selections ask of them and of
+        the round's rows."""
+        label_rows(self.kind, layer, memory.pages, part.places)
         if not len(part.closing):
             return
         if self.kind.format.by_page:
-            assert memory.open is not None
-            # [pages, block_size, 2, kv_heads, head_dim]
-            tokens = memory.open[part.closing_slots]
-            for name, content in self.kind.format.encode(tokens[:, :, 0], tokens[:, :, 1]).items():
-                self.kind.layout.view(memory.pages, name)[part.closing] = content
-        summarize(self.kind, layer, memory.pages, part.closing)
+            self.encode_open(memory, layer, part.closing, part.closing_slots)
+        else:
+            summarize(self.kind, layer, memory.pages, part.closing)
+
+    def encode_open(self, memory: KVMemory, layer: int, pages: Tensor, slots: Tensor) -> None:
+        """What slots have, into pages; both `[n]` int64."""
+        assert memory.open is not None
+        # [n, block_size, 2, kv_heads, head_dim]
+        tokens = memory.open[slots]
+        for name, content in self.kind.format.encode(tokens[:, :, 0], tokens[:, :, 1]).items():
+            self.kind.layout.view(memory.pages, name)[pages] = content
+        summarize(self.kind, layer, memory.pages, pages)
+
+    def evict(
+        self, slices: Sequence[SequenceSlice], layer: int, memory: KVMemory, queries: Tensor
+    ) -> None:
+        """What follows the attention of `KVPlan.evicting`. queries: of the flat batch."""
+        for part in slices:
+            rows = queries[part.start : part.start + part.length]
+            self._eviction.after(part, layer, memory, rows)
 
     def read(
         self, part: KVRound, layer: int, memory: KVMemory, queries: Tensor, out: Tensor
@@ -127,41 +157,30 @@ class KVAttention:
     ) -> Tensor:
         """queries: `[length, heads, head_dim]`, of one slice -> the same shape."""
         shape = self.kind.shape
+        if isinstance(part.selection, XAttention) and shape.window is None:
+            load = partial(self.load, memory, part)
+            return attended_blocks(part.selection, shape, part, queries, load)
         group = shape.num_heads // shape.num_kv_heads
         # [kv_heads, n] of positions; None for all of them.
         chosen = select(self.kind, layer, memory, part, queries)
         positions = torch.arange(part.context - part.length, part.context, device=self.device)
         # [kv_heads, group * length, head_dim]: the heads of a kv head one after the other.
-        grouped = queries.float().unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2)
-        highest = torch.full((*grouped.shape[:2], 1), -math.inf, device=self.device)
-        total = torch.zeros_like(highest)
-        mixed = torch.zeros_like(grouped)
+        grouped = precise(queries).unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2)
+        softmax = RunningSoftmax(grouped)
         for tokens in _some(chosen, part, self.kind):
             tokens = tokens.to(self.device)
             # Both [kv_heads, n, head_dim].
-            keys, values = self.load(memory, part, tokens)
+            keys, values = (each.to(grouped.dtype) for each in self.load(memory, part, tokens))
             scores = grouped @ keys.transpose(1, 2) / math.sqrt(shape.head_dim)
             seen = self._seen(part, positions, tokens).repeat(1, group, 1)
-            scores = scores.masked_fill(~seen, -math.inf)
-            top = torch.maximum(highest, scores.amax(-1, keepdim=True))
-            # Where nothing was seen yet, there is nothing to fade.
-            fade = torch.where(highest == top, 1.0, (highest - top).exp())
-            weights = torch.where(seen, (scores - top).exp(), 0.0)
-            total = total * fade + weights.sum(-1, keepdim=True)
-            mixed = mixed * fade + weights @ values
-            highest = top
-        attended = (mixed / total).unflatten(1, (group, part.length))
+            softmax.add(scores, seen, values)
+        attended: Tensor = softmax.result().unflatten(1, (group, part.length))
         return attended.permute(2, 0, 1, 3).flatten(1, 2).to(queries.dtype)
 
     def load(self, memory: KVMemory, part: SequenceSlice, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values as they are stored. tokens: `[kv_heads, n]` int64, positions -> two of
         `[kv_heads, n, head_dim]` float32."""
-        size = self.kind.layout.block_size
-        heads = torch.arange(len(tokens), device=self.device)[:, None]
-        blocks, where = (tokens // size).unique(return_inverse=True)
-        keys, values = decode_blocks(self.kind, memory, part, blocks)
-        places = tokens % size
-        return keys[where, places, heads], values[where, places, heads]
+        return decode_tokens(self.kind, memory, part, tokens)
 
     def _seen(self, part: SequenceSlice, positions: Tensor, tokens: Tensor) -> Tensor:
         """Which of the tokens each query sees, `[kv_heads, length, n]` bool."""

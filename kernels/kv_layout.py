@@ -57,7 +57,8 @@ class PageLayout:
         -> `[pages, *section.shape]` of the section's dtype, the same memory."""
         section, at = self.section(name), self.offset(name)
         part = pages[:, at : at + section.nbytes]
-        return part.view(section.dtype).unflatten(-1, section.shape)
+        numbers: Tensor = part.view(section.dtype)
+        return numbers.view(len(pages), *section.shape)
 
 
 def page_layout(page_bytes: int, sections: Sections) -> PageLayout:

@@ -53,8 +53,7 @@ def decode_blocks(
     """Keys and values of some of a sequence's pages, each `[n, block_size, kv_heads, head_dim]`
     float32. blocks: `[n]` int64, places in `part.pages`."""
     pages = torch.tensor(part.pages, device=blocks.device)[blocks]
-    parts = {name: section_of(kind, memory, name, pages) for name in kind.stored}
-    keys, values = kind.format.decode(parts)
+    keys, values = decode_pages(kind, memory, pages)
     if kind.format.by_page:
         assert memory.open is not None
         # The page of the queries is not encoded yet.
@@ -62,6 +61,25 @@ def decode_blocks(
         tokens = memory.open[part.slot].float()
         keys[last], values[last] = tokens[:, 0], tokens[:, 1]
     return keys, values
+
+
+def decode_tokens(
+    kind: KVKind, memory: KVMemory, part: SequenceSlice, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values as they are stored. tokens: `[kv_heads, n]` int64, places of a sequence ->
+    two of `[kv_heads, n, head_dim]` float32."""
+    size = kind.layout.block_size
+    heads = torch.arange(len(tokens), device=tokens.device)[:, None]
+    blocks, where = (tokens // size).unique(return_inverse=True)
+    keys, values = decode_blocks(kind, memory, part, blocks)
+    places = tokens % size
+    return keys[where, places, heads], values[where, places, heads]
+
+
+def decode_pages(kind: KVKind, memory: KVMemory, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as they are stored, each `[n, block_size, kv_heads, head_dim]` float32.
+    pages: `[n]` int64."""
+    return kind.format.decode({name: section_of(kind, memory, name, pages) for name in kind.stored})
 
 
 def section_of(kind: KVKind, memory: KVMemory, name: str, pages: Tensor) -> Tensor:
@@ -73,5 +91,5 @@ def section_of(kind: KVKind, memory: KVMemory, name: str, pages: Tensor) -> Tens
     on_host = kind.layout.view(memory.host, name)
     away = pages >= count
     result = in_pool[pages.where(~away, 0)]
-    result[away] = on_host[pages[away] - count].to(result.device)
+    result[away] = on_host[(pages[away] - count).to(on_host.device)].to(result.device)
     return result

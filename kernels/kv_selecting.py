@@ -1,20 +1,150 @@
-"""Which tokens a query reads, and what pages note for that, in plain torch."""
+"""Which tokens a query reads, in plain torch.
+
+A choice is a function of the query and of what is stored before it, and of nothing else. Equal
+scores go to the lower position. The score of a kv head is the highest of its query heads' scores.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from polydelta.kernels.kv_memory import KVKind, KVMemory
+from polydelta.kernels.kv_memory import KVKind, KVMemory, decode_blocks, section_of
+from polydelta.kernels.kv_notes import labels_of
+from polydelta.kernels.kv_selection import DoubleSparsity, InfLLM, Quest
 from polydelta.kernels.ops import SequenceSlice
+
+# Tokens of InfLLM's pages that are decoded together.
+_AT_ONCE = 1024
+# The first page, the query's own, and one that is chosen.
+_LEAST_PAGES = 3
 
 
 def select(
     kind: KVKind, layer: int, memory: KVMemory, part: SequenceSlice, queries: Tensor
 ) -> Tensor | None:
-    """Positions that the slice's one query reads, `[kv_heads, n]` int64, ascending; None where the
-    selection does not choose by query. queries: `[length, heads, head_dim]`."""
+    """Positions that the slice's one query reads, `[kv_heads, n]` int64, ascending, its own among
+    them; None for all. queries: `[length, heads, head_dim]`.
+
+    A layer with a window of its own reads that, and chooses nothing.
+    """
+    if kind.shape.window is not None:
+        return None
+    match part.selection:
+        case Quest() as quest if layer >= quest.dense_layers:
+            return _quest(kind, memory, part, _grouped(kind, queries), quest.budget)
+        case DoubleSparsity(budget):
+            return _double_sparsity(kind, layer, memory, part, _grouped(kind, queries), budget)
+        case InfLLM() as infllm:
+            return _infllm(kind, memory, part, _grouped(kind, queries), infllm)
     return None
 
 
-def summarize(kind: KVKind, layer: int, pages: Tensor, closing: Tensor) -> None:
-    """Notes of pages that have become full what selections ask of them. closing: `[n]` int64."""
+def precise(x: Tensor) -> Tensor:
+    """What attention is computed in: float32, or float64 where it comes so."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _quest(
+    kind: KVKind, memory: KVMemory, part: SequenceSlice, queries: Tensor, budget: int
+) -> Tensor | None:
+    """queries: `[kv_heads, group, head_dim]`, here and below."""
+    own = (part.context - 1) // kind.layout.block_size
+    count = max(_LEAST_PAGES, _pages(kind, budget))
+    if own < count:
+        return None
+    pages = torch.tensor(part.pages[1:own], device=queries.device)
+    # Both [kv_heads, head_dim, pages].
+    least, most = (
+        section_of(kind, memory, name, pages).to(queries.dtype).permute(1, 2, 0)
+        for name in ("key_least", "key_most")
+    )
+    # Of each channel the larger product: with the most where the query is positive.
+    scores = queries.clamp(min=0) @ most + queries.clamp(max=0) @ least
+    chosen = _best(scores.amax(1), count - 2) + 1
+    return _tokens(kind, part, 1, chosen, own)
+
+
+def _double_sparsity(
+    kind: KVKind, layer: int, memory: KVMemory, part: SequenceSlice, queries: Tensor, budget: int
+) -> Tensor | None:
+    assert kind.labels is not None
+    if part.context <= budget:
+        return None
+    own = (part.context - 1) // kind.layout.block_size
+    pages = torch.tensor(part.pages[: own + 1], device=queries.device)
+    # [pages, block_size, kv_heads, labels]
+    labels = section_of(kind, memory, "labels", pages)
+    if kind.format.by_page:
+        assert memory.open is not None
+        labels[own] = labels_of(kind, layer, memory.open[part.slot, :, 0])
+    # [kv_heads, labels, tokens], the query's own not among them: it is read anyway.
+    before = labels.flatten(0, 1)[: part.context - 1].permute(1, 2, 0)
+    channels = kind.labels[layer, :, None].to(queries.device)
+    asked = queries.gather(-1, channels.expand(-1, queries.shape[1], -1))
+    chosen = _best((asked @ before.to(queries.dtype)).amax(1), budget - 1)
+    return torch.cat((chosen, chosen.new_full((len(chosen), 1), part.context - 1)), 1)
+
+
+def _infllm(
+    kind: KVKind, memory: KVMemory, part: SequenceSlice, queries: Tensor, infllm: InfLLM
+) -> Tensor | None:
+    size = kind.layout.block_size
+    # Blocks between the sinks and the newest tokens, with none of either.
+    first, end = -(-infllm.sinks // size), (part.context - infllm.recent) // size
+    count = _pages(kind, infllm.budget)
+    if end - first <= count:
+        return None
+    blocks = torch.arange(first, end, device=queries.device)
+    scores = [
+        _represented(kind, memory, part, queries, some)
+        for some in blocks.split(max(1, _AT_ONCE // size))
+    ]
+    chosen = _best(torch.cat(scores, 1), count) + first
+    return _tokens(kind, part, first, chosen, end)
+
+
+def _represented(
+    kind: KVKind, memory: KVMemory, part: SequenceSlice, queries: Tensor, blocks: Tensor
+) -> Tensor:
+    """The highest score of each block's representatives, `[kv_heads, blocks]`. blocks: `[n]`."""
+    pages = torch.tensor(part.pages, device=blocks.device)[blocks]
+    places = section_of(kind, memory, "representatives", pages).long()
+    keys, _ = decode_blocks(kind, memory, part, blocks)
+    # [blocks, kv_heads, representatives, head_dim]
+    chosen = keys.transpose(1, 2).gather(
+        2, places[..., None].expand(-1, -1, -1, kind.shape.head_dim)
+    )
+    scores = torch.einsum("hgd,nhrd->hngr", queries, chosen.to(queries.dtype))
+    return scores.amax((-2, -1))
+
+
+def _grouped(kind: KVKind, queries: Tensor) -> Tensor:
+    """`[1, heads, head_dim]` -> `[kv_heads, group, head_dim]`."""
+    assert len(queries) == 1, "What chooses by query is asked for one query at a time."
+    grouped: Tensor = precise(queries[0]).unflatten(0, (kind.shape.num_kv_heads, -1))
+    return grouped
+
+
+def _pages(kind: KVKind, budget: int) -> int:
+    """That hold so many tokens."""
+    return -(-budget // kind.layout.block_size)
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Where they are highest, `[kv_heads, n]` -> `[kv_heads, count]` int64, ascending."""
+    # Not topk, which may take any of equal ones.
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return order[:, :count].sort(-1).values
+
+
+def _tokens(kind: KVKind, part: SequenceSlice, first: int, chosen: Tensor, end: int) -> Tensor:
+    """Positions up to the query's in the blocks before `first`, the chosen ones `[kv_heads, n]` and
+    those from `end` on, `[kv_heads, positions]` int64."""
+    size, here = kind.layout.block_size, chosen.device
+    oldest = torch.arange(first, device=here).expand(len(chosen), -1)
+    newest = torch.arange(end, -(-part.context // size), device=here).expand(len(chosen), -1)
+    blocks = torch.cat((oldest, chosen, newest), 1)
+    positions = (blocks[..., None] * size + torch.arange(size, device=here)).flatten(1)
+    # Without the places of the last block that come behind the query.
+    return positions[:, : positions.shape[1] - (-part.context % size)]

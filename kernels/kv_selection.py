@@ -3,13 +3,14 @@
     full  window:4+512  quest:1024  double-sparsity:128  infllm:128+4096  snapkv:2048  h2o:0.1+0.1
 
 Numbers are tokens, or for h2o shares of the prompt; what is left out is the authors' default.
+What prompts read while they are computed is written likewise: full  xattention:8+0.9
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 
@@ -117,60 +118,101 @@ class H2O:
 
     def kept(self, prompt: int) -> int:
         """Tokens that stay of a prompt of so many."""
-        return min(prompt, max(1, int(self.heavy * prompt)) + max(1, int(self.recent * prompt)))
+        return min(prompt, max(1, int(self.heavy * prompt)) + self.num_recent(prompt))
+
+    def num_recent(self, prompt: int) -> int:
+        """Of these, the newest, whatever attention they receive."""
+        return max(1, int(self.recent * prompt))
 
     def __str__(self) -> str:
         return f"{self.name}:{self.heavy:g}+{self.recent:g}"
 
 
-Selection = Full | Window | Quest | DoubleSparsity | InfLLM | SnapKV | H2O
+@dataclass(frozen=True)
+class XAttention:
+    """For each block of a prompt's queries the blocks of keys that receive most attention, by sums
+    over antidiagonals (arXiv:2503.16428), and always the first block and the queries' own. Blocks
+    are cut by position. For prompts only, as `--prefill` has it."""
+
+    name: ClassVar[str] = "xattention"
+    # Of so many queries, and keys, one diagonal is looked at.
+    stride: int = 8
+    # Share of the attention that the chosen blocks receive together, at least.
+    threshold: float = 0.9
+    # Tokens of a block, of queries and of keys.
+    block: ClassVar[int] = 128
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.stride}+{self.threshold:g}"
+
+
+Selection = Full | Window | Quest | DoubleSparsity | InfLLM | SnapKV | H2O | XAttention
 
 FULL = Full()
+
+# What chooses anew for each token of an answer; prompts are read in full.
+BY_QUERY = (Quest, DoubleSparsity, InfLLM)
+# What drops tokens for good, and so needs pages that nobody shares.
+EVICTING = (SnapKV, H2O)
 
 
 @dataclass(frozen=True)
 class _Way:
     make: Callable[..., Selection]
-    # What the numbers are called; they are joined by "+".
-    numbers: tuple[str, ...] = ()
-    number: type[int] | type[float] = int
+    # What the numbers are called, and what they are; they are joined by "+".
+    numbers: Mapping[str, type[int] | type[float]] = field(default_factory=dict)
 
 
 _WAYS = {
     "full": _Way(Full),
-    "window": _Way(Window, ("SINKS", "RECENT")),
-    "quest": _Way(Quest, ("TOKENS",)),
-    "double-sparsity": _Way(DoubleSparsity, ("TOKENS",)),
-    "infllm": _Way(InfLLM, ("SINKS", "RECENT", "TOKENS")),
-    "snapkv": _Way(SnapKV, ("TOKENS",)),
-    "h2o": _Way(H2O, ("HEAVY", "RECENT"), float),
+    "window": _Way(Window, {"SINKS": int, "RECENT": int}),
+    "quest": _Way(Quest, {"TOKENS": int}),
+    "double-sparsity": _Way(DoubleSparsity, {"TOKENS": int}),
+    "infllm": _Way(InfLLM, {"SINKS": int, "RECENT": int, "TOKENS": int}),
+    "snapkv": _Way(SnapKV, {"TOKENS": int}),
+    "h2o": _Way(H2O, {"HEAVY": float, "RECENT": float}),
+}
+_PREFILLS = {
+    "full": _Way(Full),
+    "xattention": _Way(XAttention, {"STRIDE": int, "THRESHOLD": float}),
 }
 
 SELECTIONS = tuple(_WAYS)
+PREFILLS = tuple(_PREFILLS)
 
 
 def usage(name: str) -> str:
-    """How a selection is written, such as "window[:SINKS+RECENT]"."""
-    numbers = "+".join(_WAYS[name].numbers)
+    """How a selection or a prefill is written, such as "window[:SINKS+RECENT]"."""
+    numbers = "+".join((_WAYS | _PREFILLS)[name].numbers)
     return f"{name}[:{numbers}]" if numbers else name
 
 
 def parse_selection(text: str) -> Selection:
     """Raises ValueError for one that there is not, saying what there is."""
-    name, _, rest = text.partition(":")
-    way = _WAYS.get(name)
+    return _parsed(text, _WAYS, "KV selection")
+
+
+def parse_prefill(text: str) -> Selection:
+    """What prompts read while they are computed: Full or XAttention. Raises ValueError likewise."""
+    return _parsed(text, _PREFILLS, "prefill")
+
+
+def _parsed(text: str, ways: Mapping[str, _Way], what: str) -> Selection:
+    name, colon, rest = text.partition(":")
+    way = ways.get(name)
     if way is None:
-        known = ", ".join(map(usage, _WAYS))
-        raise ValueError(f"KV selection {text!r} is not known: use one of {known}.")
-    if not _:
-        return way.make()
+        raise ValueError(f"{what} {text!r} is not known: use one of {', '.join(map(usage, ways))}.")
+    parts = rest.split("+") if colon else []
     try:
-        numbers = [_number(part, way.number) for part in rest.split("+")]
+        if len(parts) > len(way.numbers):
+            raise ValueError(text)
+        numbers = [_number(*both) for both in zip(parts, way.numbers.values(), strict=False)]
     except ValueError:
-        numbers = []
-    if not numbers or len(numbers) > len(way.numbers):
-        raise ValueError(f"KV selection {text!r} cannot be read: write {usage(name)}.")
-    return _checked(way.make(*numbers), text)
+        raise ValueError(f"{what} {text!r} cannot be read: write {usage(name)}.") from None
+    selection = way.make(*numbers)
+    if problem := _problem(selection):
+        raise ValueError(f"{what} {text!r} cannot be used: {problem}.")
+    return selection
 
 
 def _number(text: str, kind: type[int] | type[float]) -> float:
@@ -179,18 +221,19 @@ def _number(text: str, kind: type[int] | type[float]) -> float:
     return kind(text)
 
 
-def _checked(selection: Selection, text: str) -> Selection:
-    """Raises ValueError for numbers with which a query would read nothing."""
-    problem = None
+def _problem(selection: Selection) -> str | None:
+    """What is wrong with its numbers: with these a query would read nothing, say."""
     match selection:
         case Window(recent=recent) | InfLLM(recent=recent) if recent < 1:
-            problem = "a query reads its own token at least: RECENT begins at 1"
+            return "a query reads its own token at least: RECENT begins at 1"
         case Quest(budget=budget) | DoubleSparsity(budget=budget) if budget < 1:
-            problem = "TOKENS begins at 1"
+            return "TOKENS begins at 1"
         case SnapKV(capacity=capacity, window=window) if capacity <= window:
-            problem = f"TOKENS must be more than the {window} newest, which always stay"
+            return f"TOKENS must be more than the {window} newest, which always stay"
         case H2O(heavy=heavy, recent=recent) if not 0 < heavy + recent <= 1 or not recent:
-            problem = "both are shares of the prompt, which together are at most 1"
-    if problem:
-        raise ValueError(f"KV selection {text!r} cannot be used: {problem}.")
-    return selection
+            return "both are shares of the prompt, which together are at most 1"
+        case XAttention(stride=stride, block=block) if stride < 1 or block % stride:
+            return f"STRIDE must divide a block of {block} tokens"
+        case XAttention(threshold=threshold) if not 0 < threshold <= 1:
+            return "THRESHOLD is a share of the attention, over 0 and at most 1"
+    return None

@@ -1,4 +1,4 @@
-"""The command line: `polydelta serve`, `generate`, `adapters`, `version`."""
+"""The command line: `polydelta serve`, `generate`, `adapters` and the rest."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ from rich.console import Console
 from polydelta.adapters_store.errors import AdapterError
 from polydelta.engine.models.errors import ModelError
 from polydelta.server.cli_adapters import adapters
+from polydelta.server.cli_calibrate import CalibrateError, calibrate
 from polydelta.server.cli_generate import GenerateError, generate
+from polydelta.server.cli_kv_formats import kv_formats
 from polydelta.server.cli_push import PushError
 from polydelta.server.cli_serve import serve
 from polydelta.server.settings import SettingsError
 
 # What a user can mend: told in one line. Anything else is a bug and shows its traceback.
-USER_ERRORS = (SettingsError, ModelError, AdapterError, GenerateError, PushError)
+USER_ERRORS = (
+    SettingsError,
+    ModelError,
+    AdapterError,
+    GenerateError,
+    CalibrateError,
+    PushError,
+)
 
 app = typer.Typer(
     help="Serve one base language model and thousands of fine-tuned variants of it.",
@@ -28,6 +37,8 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(generate)
+app.command()(kv_formats)
+app.command()(calibrate)
 app.add_typer(adapters, name="adapters")
 
 

@@ -57,6 +57,11 @@ def generate(
     quantization: options.Quantization = None,
     pool: options.Pool = None,
     adapter_bits: options.AdapterBits = None,
+    kv_format: options.KvFormat = None,
+    kv_select: options.KvSelect = None,
+    prefill: options.Prefill = None,
+    kv_labels: options.KvLabels = None,
+    host_kv_gib: options.HostKvGib = None,
 ) -> None:
     """Answer one prompt and leave; tokens are printed as they come.
 
@@ -81,6 +86,11 @@ def generate(
         quantization=quantization,
         pool=pool,
         adapter_bits=adapter_bits,
+        kv_format=kv_format,
+        kv_select=kv_select,
+        prefill=prefill,
+        kv_labels=kv_labels,
+        host_kv_gib=host_kv_gib,
     )
     console = Console(stderr=True)
     # The name first: a wrong one should not cost the wait for the model.

@@ -56,6 +56,10 @@ def serve(
     max_batch_tokens: options.MaxBatchTokens = None,
     max_batch_size: options.MaxBatchSize = None,
     block_size: options.BlockSize = None,
+    kv_format: options.KvFormat = None,
+    kv_select: options.KvSelect = None,
+    prefill: options.Prefill = None,
+    kv_labels: options.KvLabels = None,
     prefix_caching: options.PrefixCaching = None,
     fuse_after: options.FuseAfter = None,
     scheduling_policy: options.SchedulingPolicy = None,
@@ -92,6 +96,9 @@ def serve(
 
     [cyan]polydelta serve --pool 512MiB --max-model-len 2048[/cyan]
     on a machine with little memory
+
+    [cyan]polydelta serve --kv-format int8 --kv-select quest:1024[/cyan]
+    twice the context in the same pool, of which answers read 1,024 tokens at a time
     """
     settings = load_settings(
         model=model,
@@ -116,6 +123,10 @@ def serve(
         max_batch_tokens=max_batch_tokens,
         max_batch_size=max_batch_size,
         block_size=block_size,
+        kv_format=kv_format,
+        kv_select=kv_select,
+        prefill=prefill,
+        kv_labels=kv_labels,
         prefix_caching=prefix_caching,
         fuse_after=fuse_after,
         scheduling_policy=scheduling_policy,
@@ -180,6 +191,10 @@ def print_banner(
     facts.add_row("uploads", escape(str(settings.store)))
     facts.add_row("device", engine.device)
     facts.add_row("pool", ByteSize(engine.pool_bytes).human_readable())
+    kept = [settings.kv_format, settings.kv_select]
+    if settings.prefill != "full":
+        kept.append(f"prefill {settings.prefill}")
+    facts.add_row("KV cache", ", ".join(kept))
     facts.add_row("docs", f"{url}/docs")
     console.print(Panel(facts, title=f"PolyDelta at {url}", expand=False))
     body = json.dumps({"model": base_name, "prompt": "Once upon a time"})

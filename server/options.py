@@ -14,6 +14,7 @@ from polydelta.server.settings import ServerSettings
 MODEL = "Model and adapters"
 STORE = "Uploaded adapters"
 MEMORY = "Memory and batching"
+KV = "KV cache"
 PRESSURE = "When there is too much to do"
 HTTP = "HTTP"
 
@@ -63,6 +64,10 @@ HostAdapterRam = Annotated[
 MaxBatchTokens = Annotated[int | None, setting("max_batch_tokens", "--max-batch-tokens", MEMORY)]
 MaxBatchSize = Annotated[int | None, setting("max_batch_size", "--max-batch-size", MEMORY)]
 BlockSize = Annotated[int | None, setting("block_size", "--block-size", MEMORY)]
+KvFormat = Annotated[str | None, setting("kv_format", "--kv-format", KV, "NAME")]
+KvSelect = Annotated[str | None, setting("kv_select", "--kv-select", KV, "NAME[:NUMBERS]")]
+Prefill = Annotated[str | None, setting("prefill", "--prefill", KV, "NAME[:NUMBERS]")]
+KvLabels = Annotated[Path | None, setting("kv_labels", "--kv-labels", KV, "FILE")]
 PrefixCaching = Annotated[
     bool | None,
     setting("prefix_caching", "--prefix-caching/--no-prefix-caching", MEMORY),

@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 
 from platformdirs import user_data_path
 from pydantic import AnyHttpUrl, ByteSize, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from polydelta.engine.config import EngineConfig
+from polydelta.server.kv_settings import KVSettings
 from polydelta.server.pool_spec import PoolSetting
 from polydelta.server.tenants.file import TenantsSetting
 
@@ -31,7 +32,7 @@ def packaged_samples() -> tuple[Path, ...]:
     return (folder,) if folder.is_dir() else ()
 
 
-class ServerSettings(BaseSettings):
+class ServerSettings(KVSettings):
     """All settings of a server, checked."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
@@ -89,8 +90,8 @@ class ServerSettings(BaseSettings):
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16",
-        description="Number format of weights and KV cache: bfloat16, float32, or, on a GPU, "
-        "float16.",
+        description="Number format of weights, and of KV cache that is native: bfloat16, float32,"
+        " or, on a GPU, float16.",
     )
     quantization: Literal["int8", "int4"] | None = Field(
         None,
@@ -114,7 +115,9 @@ class ServerSettings(BaseSettings):
         gt=0,
         description="Sequences that run at the same time. Without it, 64 on a CPU, 256 on a GPU.",
     )
-    block_size: int = Field(16, gt=0, description="Tokens of KV cache in one page.")
+    block_size: int = Field(
+        16, gt=0, description="Tokens of KV cache in one page; smaller formats have more in it."
+    )
     pool: Annotated[PoolSetting, NoDecode] | None = Field(
         None,
         description="Memory that KV cache and resident adapters share, such as 512MiB or 2GiB."
@@ -166,7 +169,8 @@ class ServerSettings(BaseSettings):
         0.0,
         ge=0,
         description="Host memory in GiB for the KV cache of requests that are preempted, so that"
-        " it is copied back instead of computed again, where that is faster.",
+        " it is copied back instead of computed again, where that is faster; and for what infllm"
+        " rarely reads.",
     )
     fuse_after: int | None = Field(
         None,
@@ -251,6 +255,10 @@ class ServerSettings(BaseSettings):
             max_batch_tokens=self.max_batch_tokens,
             max_batch_size=self.max_batch_size,
             block_size=self.block_size,
+            kv_format=self.kv_format,
+            kv_select=self.kv_select,
+            prefill=self.prefill,
+            kv_labels=self.kv_labels,
             pool_bytes=None if self.pool is None else self.pool.nbytes,
             adapter_share=None if self.pool is None else self.pool.adapter_share,
             scheduling_policy=self.scheduling_policy,

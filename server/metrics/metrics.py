@@ -63,7 +63,7 @@ class Metrics:
         """dtype: of KV; most_named: adapters with series of their own, at most; is_ready: whether
         new requests are taken."""
         self._registry = CollectorRegistry()
-        vllm = VllmMetrics(model_name, dtype, engine.max_batch_size)
+        vllm = VllmMetrics(model_name, dtype, engine.kv_setup, engine.max_batch_size)
         own = OwnMetrics(model_name, most_named)
         self._registry.register(EngineCollector(engine, vllm, own, is_ready))
         ProcessCollector(registry=self._registry)

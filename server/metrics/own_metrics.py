@@ -64,6 +64,8 @@ class OwnMetrics:
         yield make.gauges("pool_pages", text, ("owner",), by_one(owners))
         yield make.gauge("pool_size_pages", "Pages in the unified pool.", stats.pages_total)
         yield make.gauge("pool_bytes", "Bytes of the unified pool.", pool_bytes)
+        text = "Tokens of KV that the unified pool holds where no adapter is in it."
+        yield make.gauge("pool_kv_tokens", text, stats.pages_total * stats.block_size)
         evictions = {
             (kind, str(reason)): count
             for kind, counts in (

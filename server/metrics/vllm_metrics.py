@@ -11,6 +11,7 @@ from prometheus_client.metrics_core import Metric
 from polydelta.server.metrics.families import Families, by_one
 
 if TYPE_CHECKING:  # the engine imports torch, which the routes do not need
+    from polydelta.engine.kv_setup import KVSetup
     from polydelta.engine.stats import EngineStats
 
 # Of the engine's distributions.
@@ -33,10 +34,15 @@ TEXTS = {
 class VllmMetrics:
     """Of one engine, from its counts."""
 
-    def __init__(self, model_name: str, dtype: str, max_adapters: int) -> None:
+    def __init__(self, model_name: str, dtype: str, kv: KVSetup, max_adapters: int) -> None:
         """max_adapters: in one step."""
         self._make = Families("vllm:", {"model_name": model_name, "engine": "0"})
-        self._dtype = dtype
+        self._kept = {
+            "cache_dtype": dtype,
+            "kv_format": kv.format,
+            "kv_select": str(kv.selection),
+            "prefill": str(kv.prefill),
+        }
         self._max_adapters = max_adapters
 
     def of(self, stats: EngineStats) -> Iterable[Metric]:
@@ -64,8 +70,8 @@ class VllmMetrics:
         facts = {
             "block_size": str(stats.block_size),
             "num_gpu_blocks": str(stats.pages_total),
-            "cache_dtype": self._dtype,
             "enable_prefix_caching": str(stats.prefix_caching),
+            **self._kept,
         }
         yield make.gauges(
             "cache_config_info", "How KV is kept.", tuple(facts), [(tuple(facts.values()), 1)]

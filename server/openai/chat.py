@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from polydelta.engine.request import GenerationRequest, RequestOutput, TokenLogprob
 from polydelta.server.openai.collect import WholeChoice, collect
 from polydelta.server.openai.generation import Generation, unless_client_leaves
+from polydelta.server.openai.kv_select import kv_selection
 from polydelta.server.openai.logprobs import chat_logprobs
 from polydelta.server.openai.prompts import encode_chat
 from polydelta.server.openai.responses import (
@@ -68,6 +69,7 @@ async def _prepare(
     terms = terms_of(tenant, body)
     service.check_alive()
     engine = service.engine
+    selection = kv_selection(engine, body)
     prompt = await encode_chat(engine, body.messages)
     reply = ChatReply(service, body, prompt)
     limit = output_limit(engine, len(prompt), wanted, limit_name)
@@ -84,6 +86,7 @@ async def _prepare(
             choice,
             lease.shares,
             arrived=arrived,
+            kv_select=selection,
             **terms,
         )
         for index, choice in enumerate(for_choices(sampling, body.n))

@@ -17,6 +17,7 @@ from polydelta.engine.request import (
 )
 from polydelta.server.openai.collect import WholeChoice, collect
 from polydelta.server.openai.generation import Generation, unless_client_leaves
+from polydelta.server.openai.kv_select import kv_selection
 from polydelta.server.openai.logprobs import CompletionLogprobsWriter
 from polydelta.server.openai.prompts import encode_prompts
 from polydelta.server.openai.responses import (
@@ -72,6 +73,7 @@ async def _prepare(
     terms = terms_of(tenant, body)
     service.check_alive()
     engine = service.engine
+    selection = kv_selection(engine, body)
     prompts = await encode_prompts(engine, body.prompt)
     reply = CompletionReply(service, body, prompts)
     choices: list[tuple[Sequence[int], SamplingParams]] = []
@@ -92,6 +94,7 @@ async def _prepare(
             choice,
             lease.shares,
             arrived=arrived,
+            kv_select=selection,
             **terms,
         )
         for index, (prompt, choice) in enumerate(choices)

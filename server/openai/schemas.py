@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from polydelta.adapters_store.composition import MAX_SHARES
+from polydelta.engine.kv_composition import Option, check_method
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
@@ -121,6 +122,11 @@ Prompts = Annotated[
 ]
 
 
+def _kv_selection(text: str) -> str:
+    check_method(Option.SELECT, text)
+    return text
+
+
 class StreamOptions(Body):
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -170,6 +176,8 @@ class GenerationFields(Body):
     # Cached prefixes are shared between requests of the same salt only; without one, with all
     # that have none.
     cache_salt: Annotated[str, AfterValidator(_whole_characters)] = Field("", min_length=1)
+    # What is read of the KV cache, where it is not to be what the server reads by itself.
+    kv_select: Annotated[str, Field(max_length=64), AfterValidator(_kv_selection)] | None = None
 
     @property
     def weighted_adapters(self) -> list[tuple[str, float]]:

@@ -20,7 +20,9 @@ from polydelta.engine.adapter_usage import AdapterUsage
 from polydelta.engine.batch import AdapterRows, Batch, build_batch
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.host_adapter import HostAdapter
+from polydelta.engine.host_pages import DistantPages
 from polydelta.engine.kv_cache import KVCache
+from polydelta.engine.kv_rules import KVRules
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.models.tokenizer import Tokenizer
 from polydelta.engine.overload import QueueLimits
@@ -32,6 +34,7 @@ from polydelta.engine.request import FinishReason, GenerationRequest, RequestErr
 from polydelta.engine.residency import Residency
 from polydelta.engine.scheduler import Scheduler, SchedulerLimits
 from polydelta.engine.sequence import (
+    GIVEN_BACK,
     SampledToken,
     Schedule,
     ScheduledSequence,
@@ -39,11 +42,14 @@ from polydelta.engine.sequence import (
 )
 from polydelta.engine.stats import EngineStats
 from polydelta.engine.stats_recorder import StatsRecorder
+from polydelta.kernels.kv_selection import EVICTING, FULL, H2O, Selection, SnapKV, Window
+from polydelta.kernels.ops import SequenceSlice
 
 PAGE_BYTES = 100
 VOCABULARY = 50
 ORDINARY = AdapterTraits()
 NO_LIMITS = QueueLimits()
+PLAIN = KVRules()
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,9 @@ class FakeHostKV:
         self._saved |= {to: list(self._memory[page]) for to, page in zip(saved, pages, strict=True)}
         return saved
 
+    def content(self, page: int) -> list[object]:
+        return self._saved[page]
+
     def restore(self, saved: Seq[int], pages: Seq[int]) -> None:
         for source, page in zip(saved, pages, strict=True):
             self._memory[page] = list(self._saved[source])
@@ -182,9 +191,11 @@ class World:
         adapter_share: float | None = None,
         queue: QueueLimits = NO_LIMITS,
         host_kv_pages: int = 0,
+        rules: KVRules = PLAIN,
     ) -> None:
         """adapters: weights of each, in pages. lag: steps that are under way when the next one is
-        scheduled. host_kv_pages: where preempted sequences are swapped to; 0: they are recomputed.
+        scheduled. host_kv_pages: where preempted sequences are swapped to, and infllm's blocks; 0:
+        they are recomputed, and stay. rules: formats and selections.
         """
         self.block_size = block_size
         self.limits = SchedulerLimits(max_batch_tokens, max_batch_size, max_positions, queue)
@@ -207,12 +218,25 @@ class World:
             AdapterUsage(most_named=10),
         )
         is_gone = self.residency.is_doomed
-        self.kv = KVCache(self.pool, block_size, costs, prefix_caching, is_gone)
         # page -> what each of its places holds
         self.memory: dict[int, list[object]] = {
             page: [None] * block_size for page in range(num_pages)
         }
         self.host_kv = FakeHostKV(self.memory, host_kv_pages)
+        self.rules = rules
+        # Where the format is by page: slot -> what is not a whole page yet.
+        self.open: dict[int, list[object]] = {
+            slot: [None] * block_size for slot in range(max_batch_size)
+        }
+        self.kv = KVCache(
+            self.pool,
+            block_size,
+            costs,
+            prefix_caching,
+            is_gone,
+            rules,
+            DistantPages(self.host_kv, num_pages) if host_kv_pages else None,
+        )
         swapping = Swapping(self.kv, costs, self.host_kv)
         self.scheduler = Scheduler(
             self.limits,
@@ -248,6 +272,7 @@ class World:
         weight: float = 1.0,
         priority: int = 0,
         cache_salt: str = "",
+        kv_select: Selection | None = None,
     ) -> Sequence:
         """adapter: an id, or several with a + between them."""
         names = adapter.split("+") if adapter else []
@@ -260,6 +285,7 @@ class World:
             weight=weight,
             priority=priority,
             cache_salt=cache_salt,
+            kv_select=kv_select,
             # In the order of submission, however fast they come.
             arrived=self.now + len(self.submitted) * 1e-9,
         )
@@ -358,16 +384,23 @@ class World:
         assert len(self.scheduler.running) <= self.limits.max_batch_size
         owners: dict[int, list[tuple[Sequence, int]]] = {}
         for sequence in self.scheduler.running:
-            assert self._places(sequence) >= sequence.num_computed
+            assert self._places(sequence) >= sequence.num_computed - sequence.num_evicted
             for index, page in enumerate(sequence.block_table):
+                if page == GIVEN_BACK or page >= self.pools.num_pages:
+                    continue
                 owners.setdefault(page, []).append((sequence, index))
         for users in owners.values():
             published = all(index < sequence.num_published for sequence, index in users)
             assert len(users) == 1 or published, "a page that was not published has two users"
+        slots = [sequence.slot for sequence in self.scheduler.running]
+        assert len(set(slots)) == len(slots)
+        assert all(0 <= slot < self.limits.max_batch_size for slot in slots)
         waits_again = any(sequence.num_preemptions for sequence in self.scheduler.waiting)
-        assert waits_again or not now.host_kv_bytes, "nobody comes back for it"
+        distant = sum(map(self._num_distant, self.scheduler.running))
+        assert waits_again or now.host_kv_bytes == distant * self.host_kv.page_bytes
         for sequence in self.scheduler.waiting:
             assert not sequence.block_table
+            assert (sequence.slot, sequence.num_evicted, sequence.num_computed) == (-1, 0, 0)
             assert (sequence.prefix_pages, sequence.prefix_rest) == ([], None)
 
     def traits(self, sequence: Sequence) -> list[AdapterTraits]:
@@ -410,7 +443,8 @@ class World:
             sequence = scheduled.sequence
             assert 1 <= scheduled.num_tokens <= sequence.num_uncomputed
             assert sequence in self.scheduler.running
-            assert self._places(sequence) >= scheduled.start + scheduled.num_tokens
+            assert self._places(sequence) >= scheduled.stop - sequence.num_evicted
+            self._check_chunk(scheduled)
         if rests and self.live:
             # The engine sleeps now, and only a load that ends can wake it.
             loading = {ref for ref, _ in self.host.pending}
@@ -423,32 +457,127 @@ class World:
         shared = self.num_virtual(sequence) % self.block_size
         return len(sequence.block_table) * self.block_size - shared
 
+    def _num_distant(self, sequence: Sequence) -> int:
+        return sum(page >= self.pools.num_pages for page in sequence.block_table)
+
+    def _check_chunk(self, item: ScheduledSequence) -> None:
+        """It ends where its selection and its prefill need it to."""
+        selection, prompt = self.rules.of(item.sequence), item.sequence.num_prompt_tokens
+        if item.start >= prompt:
+            assert item.num_tokens == 1 or not isinstance(selection, H2O)
+            return
+        if isinstance(selection, EVICTING):
+            assert item.stop <= prompt
+            assert item.stop < prompt or item.num_tokens >= min(SnapKV.window, prompt)
+        if (prefill := self.rules.prefill) is not None:
+            virtual = item.sequence.num_prefix_tokens
+            assert not item.start or (virtual + item.start) % prefill.block == 0
+            assert item.stop == prompt or (virtual + item.stop) % prefill.block == 0
+
     def _compute(self, schedule: Schedule) -> None:
         """What the runner does: copies pages, stores the step's KV, reads all that it looks at."""
         if not schedule:
             return
-        batch = build_batch(schedule, self.block_size)
+        batch = build_batch(schedule, self.block_size, rules=self.rules)
         self._check_rows(batch)
         due = [s.sequence for s in batch.scheduled if not s.start and self._is_shifted(s.sequence)]
-        assert [target for _, target in batch.page_copies] == [s.block_table[0] for s in due]
-        for source, target in batch.page_copies:
-            self.memory[target] = list(self.memory[source])
+        assert [copy.target for copy in batch.page_copies] == [s.block_table[0] for s in due]
+        for copy in batch.page_copies:
+            content = list(self.memory[copy.source])
+            if self.rules.by_page:
+                self.open[copy.slot] = content
+            else:
+                self.memory[copy.target] = content
         positions, slots = batch.positions.tolist(), batch.slots.tolist()
         contents = {s.sequence: self._content(s.sequence) for s in schedule}
-        for item, part in zip(batch.scheduled, batch.slices, strict=True):
-            for row in range(part.start, part.start + part.length):
-                page, place = divmod(slots[row], self.block_size)
-                self.memory[page][place] = contents[item.sequence][positions[row]]
-        for item, part in zip(batch.scheduled, batch.slices, strict=True):
-            assert part.context == positions[part.start + part.length - 1] + 1
-            pages = [self.memory[page] for page in part.pages]
-            read = [place for page in pages for place in page][: part.context]
-            assert read == contents[item.sequence][: part.context], "reads KV that is not its own"
+        for item, parts in self._parts(batch):
+            for row in range(parts[0].start, parts[0].start + item.num_tokens):
+                self._store(item.sequence, slots[row], contents[item.sequence][positions[row]])
+        for item, parts in self._parts(batch):
+            assert parts[-1].context == self.num_virtual(item.sequence) + (
+                item.stop - item.sequence.num_evicted
+            )
+            last = (parts[-1].context - 1) // self.block_size
+            for part in parts:
+                self._check_reads(item.sequence, part, contents[item.sequence], last)
+            self._evict(item, contents[item.sequence])
             for ref in item.sequence.adapter_refs:
                 bound = self.scheduler.bound_adapter(ref)
                 assert isinstance(bound, FakeBound)
                 for page, content in bound.content.items():
                     assert self.memory[page] == content, "somebody wrote into an adapter's page"
+
+    def _parts(self, batch: Batch) -> list[tuple[ScheduledSequence, list[SequenceSlice]]]:
+        """What each of a step's sequences reads, one slice after the other."""
+        slices = deque(batch.slices)
+        found = []
+        for item in batch.scheduled:
+            parts: list[SequenceSlice] = []
+            while sum(part.length for part in parts) < item.num_tokens:
+                parts.append(slices.popleft())
+            found.append((item, parts))
+        return found
+
+    def _store(self, sequence: Sequence, slot: int, content: object) -> None:
+        """slot: page * block_size + place."""
+        page, place = divmod(slot, self.block_size)
+        if not self.rules.by_page:
+            self.memory[page][place] = content
+            return
+        self.open[sequence.slot][place] = content
+        if place == self.block_size - 1:
+            self.memory[page] = list(self.open[sequence.slot])
+
+    def _check_reads(
+        self, sequence: Sequence, part: SequenceSlice, contents: list[object], last: int
+    ) -> None:
+        """Every place that the queries of a slice see is the sequence's own, and holds what the
+        sequence would have computed itself. last: the block that the step ends in."""
+        expected = self._expected(sequence, part.context + sequence.num_evicted, contents)
+        assert len(expected) == part.context
+        oldest = part.context - part.length
+        used = {*self.kv.used_pages(), *sequence.prefix_pages}
+        for place, content in enumerate(expected):
+            match part.selection:
+                case Window(sinks, recent) if sinks <= place <= oldest - recent:
+                    continue
+            block = place // self.block_size
+            page = part.pages[block]
+            if self.rules.by_page and block == last:
+                held = self.open[part.slot]
+            elif page >= self.pools.num_pages:
+                held = self.host_kv.content(page - self.pools.num_pages)
+            else:
+                assert page in used, "reads a page that is not its own"
+                held = self.memory[page]
+            assert held[place % self.block_size] == content, "reads KV that is not its own"
+
+    def _expected(self, sequence: Sequence, stop: int, contents: list[object]) -> list[object]:
+        """What lies in a sequence's places when `stop` tokens are stored, virtual ones counted."""
+        selection, prompt = self.rules.of(sequence), sequence.num_prompt_tokens
+        if not isinstance(selection, EVICTING) or stop <= prompt:
+            return contents[:stop]
+        steps = stop - prompt - 1 if isinstance(selection, H2O) else 0
+        return (
+            self._kept(selection, prompt, contents[prompt + steps - 1])
+            + (contents[prompt + steps : stop])
+        )
+
+    def _kept(self, selection: SnapKV | H2O, prompt: int, after: object) -> list[object]:
+        """What stays when tokens were evicted behind one of them."""
+        return [hash((after, "kept", place)) for place in range(selection.kept(prompt))]
+
+    def _evict(self, item: ScheduledSequence, contents: list[object]) -> None:
+        """Behind a prompt, and for h2o behind each answer's token: what stays moves together."""
+        sequence, prompt = item.sequence, item.sequence.num_prompt_tokens
+        selection = self.rules.of(sequence)
+        if not isinstance(selection, EVICTING) or item.stop < prompt:
+            return
+        if item.stop == prompt or isinstance(selection, H2O):
+            for place, content in enumerate(self._kept(selection, prompt, contents[item.stop - 1])):
+                block, rest = divmod(place, self.block_size)
+                slot = sequence.block_table[block] * self.block_size + rest
+                self._store(sequence, slot, content)
 
     def _is_shifted(self, sequence: Sequence) -> bool:
         return self.num_virtual(sequence) % self.block_size > 0
@@ -461,16 +590,39 @@ class World:
         for index, token in enumerate(self.tokens[sequence]):
             acts = activation is not None and index >= activation
             before = contents[-1] if contents else None
-            contents.append(hash((before, token, digests if acts else "")))
+            way = self._way(sequence, index)
+            contents.append(hash((before, token, digests if acts else "", way)))
         return contents
+
+    def _way(self, sequence: Sequence, index: int) -> object:
+        """What a token's KV depends on beside the tokens before it."""
+        selection, prompt = self.rules.of(sequence), sequence.num_prompt_tokens
+        if isinstance(selection, Window):
+            return selection
+        if index >= prompt:
+            return None if selection == FULL and self.rules.prefill is None else selection
+        if self.rules.prefill is None:
+            return None
+        virtual, block = self.num_virtual(sequence), self.rules.prefill.block
+        first = (virtual + index) // block * block - virtual
+        activation, refs = self.activation(sequence), sequence.adapter_refs
+        return tuple(
+            (
+                self.tokens[sequence][other],
+                "+".join(map(self.host.digest, refs))
+                if activation is not None and other >= activation
+                else "",
+            )
+            for other in range(max(0, first), min(prompt, first + block))
+        )
 
     def _check_rows(self, batch: Batch) -> None:
         """Each row, and each sampled one, is in the segments of the adapters that act on it."""
         expected: list[object] = []
         positions = batch.positions.tolist()
-        for item, part in zip(batch.scheduled, batch.slices, strict=True):
+        for item, parts in self._parts(batch):
             activation = self.activation(item.sequence)
-            for row in range(part.start, part.start + part.length):
+            for row in range(parts[0].start, parts[0].start + item.num_tokens):
                 index = positions[row] - self.num_virtual(item.sequence)
                 assert batch.tokens[row] == item.sequence.token_ids[index]
                 acts = activation is not None and index >= activation

@@ -10,6 +10,7 @@ import torch
 from polydelta.adapters_store.composition import Share, Shares
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.batch import AdapterRows, Batch, build_batch
+from polydelta.engine.page_copies import PageCopy
 from polydelta.engine.request import GenerationRequest, SamplingParams
 from polydelta.engine.sequence import NEVER, ScheduledSequence, Sequence
 
@@ -58,7 +59,7 @@ def test_virtual_tokens_shift_positions_and_places_but_no_tokens() -> None:
     assert batch.slots.tolist() == [30, 31, 12, 13, 14]
     (part,) = batch.slices
     assert (part.length, part.context, list(part.pages)) == (5, 11, [20, 7, 3])
-    assert batch.page_copies == [(21, 7)]
+    assert batch.page_copies == [PageCopy(21, 7, slot=-1, num_tokens=2)]
 
 
 def test_virtual_tokens_that_fill_their_pages_are_read_in_place_only() -> None:
@@ -77,7 +78,7 @@ def test_only_who_begins_in_this_step_has_virtual_tokens_copied() -> None:
         scheduled(9, ONE, computed=1, virtual=3, pages=[7, 8, 9], prefix=prefix),
         scheduled(2, pages=[10]),
     )
-    assert batch.page_copies == [(20, 4)]
+    assert batch.page_copies == [PageCopy(20, 4, slot=-1, num_tokens=3)]
 
 
 def test_rows_of_one_adapter_are_one_segment_and_the_bases_are_in_none() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from polydelta.engine.gpu_memory import RESERVE, largest_step, share_for_pool
+from polydelta.engine.kv_spec import KVSpec
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.models.errors import ModelError
@@ -49,9 +50,10 @@ def test_the_largest_step_runs_through_every_layer(tiny_checkpoint: Checkpoint) 
     weights = Weights(tiny_checkpoint.tensors, torch.float32, lambda done, total: None)
     config = tiny_checkpoint.config
     decoder = Decoder(config, weights, kernels, config.context_length, torch.float32)
-    largest_step(decoder, kernels, 16, torch.float32, rows=77, samples=5)
+    spec = KVSpec.of(config, torch.float32, 16)
+    largest_step(decoder, kernels, spec, rows=77, samples=5)
     assert kernels.rows == [77] * config.num_layers
     assert kernels.samples == 5
     kernels.rows.clear()
-    largest_step(decoder, kernels, 16, torch.float32, rows=10**6, samples=1)
+    largest_step(decoder, kernels, spec, rows=10**6, samples=1)
     assert kernels.rows == [config.context_length] * config.num_layers

@@ -19,10 +19,11 @@ from polydelta.adapters_store.delta import Adapter, Delta, LowRank, Prompt
 from polydelta.adapters_store.packed import PackedAdapter, PackedPrefix
 from polydelta.adapters_store.packing import pack
 from polydelta.adapters_store.reference import AdapterRef
+from polydelta.engine.kv_spec import KVSpec
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.models.decoder import Decoder
 from polydelta.engine.models.weights import Weights
-from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
+from polydelta.engine.paged_kv import PagedKV
 from polydelta.engine.pool_adapter import PoolAdapter
 from polydelta.engine.prefix_kv import fill_prefix
 from polydelta.engine.request import GenerationRequest, SamplingParams
@@ -53,16 +54,17 @@ class Filled:
         torch.manual_seed(4)
         self.decoder = decoder_of(self.checkpoint, self.kernels, self.dtype)
         config = self.decoder.config
-        page_bytes = kv_page_bytes(config, BLOCK_SIZE, self.dtype)
-        shape = (config.num_layers, NUM_PAGES, page_bytes // self.dtype.itemsize)
+        self.spec = KVSpec.of(config, self.dtype, BLOCK_SIZE)
+        elements = self.spec.page_bytes // self.dtype.itemsize
+        shape = (config.num_layers, NUM_PAGES, elements)
         self.storage = torch.randn(shape).to(self.dtype).view(torch.uint8)
         self.before = self.storage.clone()
-        self.kv = PagedKV(self.storage, config, BLOCK_SIZE, self.dtype, self.kernels)
+        self.kv = PagedKV(self.storage, self.spec, self.kernels)
 
     @torch.inference_mode()
     def fill(self, values: Tensor, pages: Sequence[int]) -> None:
         prefix = PackedPrefix(values.to(self.dtype))
-        fill_prefix(prefix, pages, BLOCK_SIZE, self.kv, self.decoder)
+        fill_prefix(prefix, pages, 0, self.kv, self.decoder)
 
     def places(self, storage: Tensor) -> Tensor:
         """`[layers, pages, 2, block_size, kv_heads, head_dim]`"""
@@ -148,8 +150,9 @@ class Serving:
         kernels = CpuKernels()
         decoder = decoder_of(checkpoint, kernels, torch.float32)
         host: Any = Host({"lora": lora})
+        spec = KVSpec.of(decoder.config, torch.float32, BLOCK_SIZE)
         self.runner = Runner(
-            decoder, kernels, NUM_PAGES, BLOCK_SIZE, torch.float32, host, fuse_after
+            decoder, kernels, NUM_PAGES, spec, host, fuse_after
         )
         need = -(-lora.bytes_per_layer // self.runner._storage.shape[-1])
         self._bound = self.runner.bind_adapter(lora, range(20, 20 + need))

@@ -19,11 +19,12 @@ from polydelta.adapters_store.formats.reader import read_adapter
 from polydelta.adapters_store.packing import pack
 from polydelta.engine.deltas import AdapterSegment, StepDeltas, wrap_decoder
 from polydelta.engine.host_adapter import count_pages
+from polydelta.engine.kv_spec import KVSpec
 from polydelta.engine.models.base_weights import CheckpointWeights
 from polydelta.engine.models.config import from_hf
 from polydelta.engine.models.decoder import Decoder, base_layout
 from polydelta.engine.models.weights import Weights
-from polydelta.engine.paged_kv import PagedKV, kv_page_bytes
+from polydelta.engine.paged_kv import PagedKV
 from polydelta.engine.pool_adapter import PoolAdapter
 from polydelta.engine.prefix_kv import fill_prefix
 from polydelta.kernels.ops import SequenceSlice, kernels_for
@@ -64,13 +65,13 @@ class PagedDecoder:
         kernels = kernels_for(torch.device("cpu"), torch.float32)
         weights = Weights(StateDict(model), torch.float32, lambda done, total: None)
         self.decoder = Decoder(self.config, weights, kernels, 512, torch.float32)
-        page_bytes = kv_page_bytes(self.config, BLOCK_SIZE, torch.float32)
-        shape = (self.config.num_layers, num_pages, page_bytes)
+        spec = KVSpec.of(self.config, torch.float32, BLOCK_SIZE)
+        shape = (self.config.num_layers, num_pages, spec.page_bytes)
         self.storage = torch.zeros(shape, dtype=torch.uint8)
         self.deltas = StepDeltas(kernels)
         wrap_decoder(self.decoder, self.deltas)
         self.kernels = kernels
-        self.cache = PagedKV(self.storage, self.config, BLOCK_SIZE, torch.float32, kernels)
+        self.cache = PagedKV(self.storage, spec, kernels)
         # The lower pages are handed out in a scrambled order on purpose, the upper as runs.
         self.free_pages = torch.randperm(num_pages // 2).tolist()
         self.free_run = list(range(num_pages // 2, num_pages))
@@ -101,7 +102,7 @@ class PagedDecoder:
             own = [self.free_pages.pop() for _ in range(need.prefix)]
             self.deltas.begin(())
             with torch.inference_mode():
-                fill_prefix(packed.prefix, own, BLOCK_SIZE, self.cache, self.decoder)
+                fill_prefix(packed.prefix, own, 0, self.cache, self.decoder)
             self.prefixes[loaded] = packed.prefix.num_tokens, own
         return loaded
 

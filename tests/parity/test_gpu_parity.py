@@ -11,8 +11,8 @@ from benchmarks.gpu_setup import FULL, QUICK
 from polydelta.adapters_store.delta_kinds import KINDS, NOT_SERVED
 from polydelta.adapters_store.packing import pack
 from polydelta.engine.deltas import AdapterSegment, StepDeltas
+from polydelta.engine.kv_spec import kv_page_bytes
 from polydelta.engine.models.decoder import base_layout
-from polydelta.engine.paged_kv import kv_page_bytes
 from polydelta.engine.pool_adapter import PoolAdapter
 
 

@@ -19,6 +19,7 @@ from polydelta.adapters_store.base_layout import BaseLayout
 from polydelta.adapters_store.folders import FolderCatalog
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.adapters_store.store import AdapterStore, StoreConfig
+from polydelta.engine.kv_setup import KVSetup
 from polydelta.engine.models import checkpoint
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.request import (
@@ -69,6 +70,7 @@ class FakeEngine:
     max_batch_size = 64
     vocab_size = 300
     pool_bytes = 1 << 20
+    kv_setup = KVSetup()
 
     def __init__(self) -> None:
         self.tokenizer = FakeTokenizer()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from polydelta.adapters_store.base_layout import BaseLayout
+from polydelta.engine.kv_setup import KVSetup
 from polydelta.engine.request import FinishReason, RequestError, RequestOutput
 from polydelta.engine.stats import EngineStats
 from polydelta.server import serving
@@ -56,6 +57,7 @@ class ScriptedEngine:
     max_batch_size = 64
     vocab_size = 256
     pool_bytes = 1 << 20
+    kv_setup = KVSetup()
 
     def __init__(self) -> None:
         self.tokenizer = ByteTokenizer()

@@ -1,0 +1,83 @@
+"""`polydelta kv-formats`, and the tables of docs/kv_cache.md, which it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from polydelta.engine.kv_composition import Option, in_full, names_of
+
+DOCS = Path(__file__).parents[2] / "docs" / "kv_cache.md"
+BEGIN, END = "<!-- polydelta kv-formats --markdown -->", "<!-- end of kv-formats -->"
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(polydelta: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `polydelta kv-formats ...` for a pool of 2GiB on a CPU; stdout."""
+    for setting in ("MODEL", "DTYPE", "KV_SELECT", "BLOCK_SIZE"):
+        monkeypatch.delenv(f"POLYDELTA_{setting}", raising=False)
+
+    def call(*arguments: object) -> str:
+        code, out, err = polydelta("kv-formats", "--device", "cpu", "--pool", "2GiB", *arguments)
+        assert code == 0, err
+        return out
+
+    return call
+
+
+def rows(out: str) -> list[list[str]]:
+    """Of both tables, by their cells."""
+    lines = [line.replace("│", "|") for line in out.splitlines() if line.startswith(("|", "│"))]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def by_format(out: str) -> dict[str, list[str]]:
+    return {cells[0]: cells[1:] for cells in rows(out) if len(cells) == 5}
+
+
+def test_the_docs_have_what_the_command_writes(run: Run) -> None:
+    section = DOCS.read_text().partition(BEGIN)[2].partition(END)[0]
+    assert section.strip() == run("--markdown").strip(), (
+        f"Put what `polydelta kv-formats --markdown` prints between {BEGIN} and {END}."
+    )
+
+
+def test_every_method_is_listed(run: Run) -> None:
+    out = run("--markdown")
+    assert by_format(out).keys() >= set(names_of(Option.FORMAT))
+    composed = [(cells[0], name) for cells in rows(out) for name in cells[1].split(", ")]
+    for option in Option:
+        flag = f"--{option.replace('_', '-')}"
+        assert all((flag, in_full(name)) in composed for name in names_of(option))
+
+
+def test_sizes_are_those_of_the_default_model(run: Run) -> None:
+    table = by_format(run())
+    # 30 layers, keys and values, 3 heads of 64, 2 bytes; pages of 16 tokens in 2 GiB.
+    assert table["native"] == ["23,040", "16", "93,200", "1.00x"]
+    # 31 tokens of 6 * (64 + 2) bytes are 12,276 of a page's 12,288.
+    assert table["int8"] == ["11,892", "31", "180,575", "1.94x"]
+    # The open pages of 64 sequences and one more lie in the pool's memory too.
+    tokens = int(table["kivi-4"][2].replace(",", ""))
+    assert tokens < (2 << 30) // (12_288 * 30) * int(table["kivi-4"][1])
+
+
+def test_what_a_selection_notes_takes_room_in_a_page(run: Run) -> None:
+    plain, with_bounds = by_format(run()), by_format(run("--kv-select", "quest"))
+    assert int(with_bounds["native"][1]) < int(plain["native"][1])
+
+
+def test_another_pool_holds_another_number_of_tokens(run: Run) -> None:
+    table = by_format(run("--pool", "64MiB"))
+    assert table["native"][2] == f"{(64 << 20) // (12_288 * 30) * 16:,}"
+
+
+def test_a_wrong_setting_is_one_line(polydelta: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = polydelta("kv-formats", "--kv-select", "few")
+    assert code == 1
+    assert err.startswith("Error: --kv-select")
+    assert err.count("\n") == 1
