@@ -14,6 +14,7 @@ from polydelta.kernels.delta_groups import (
     DeltaGroup,
     DeltaSegment,
 )
+from polydelta.kernels.kv_memory import KVKind
 from polydelta.kernels.ops import AttentionShape, RecordedStep, SequenceSlice
 from polydelta.kernels.reference import ReferenceKernels
 from polydelta.kernels.sampling import SamplingRows
@@ -21,6 +22,7 @@ from polydelta.kernels.triton import attention, delta_group, elementwise, kv_sto
 from polydelta.kernels.triton.adapter_copy import AdapterCopier
 from polydelta.kernels.triton.attention_plan import AttentionPlan, plan
 from polydelta.kernels.triton.graphs import GraphRecorder
+from polydelta.kernels.triton.kv_attention import TritonKVAttention
 
 # Rows that decode steps are recorded with.
 RECORDED_ROWS = (1, 2, 4, *range(8, 64, 8), *range(64, delta_group.MOST_ROWS + 1, 16))
@@ -71,6 +73,9 @@ class TritonKernels(ReferenceKernels):
 
     def attention(self, plan: Any, queries: Tensor, kv: Tensor) -> Tensor:
         return attention.attend(plan, queries, kv)
+
+    def kv_attention(self, kind: KVKind) -> TritonKVAttention:
+        return TritonKVAttention(kind, self.device)
 
     def sample(self, logits: Tensor, rows: SamplingRows) -> Tensor:
         return sampling.sample(logits, rows)

@@ -7,7 +7,15 @@ from importlib import import_module
 from polydelta.kernels.triton.shipping import ShippedKernel
 
 # Those that have kernels of their own.
-MODULES = ("adapter_copy", "attention", "deltas", "elementwise", "kv_store", "sampling")
+MODULES = (
+    "adapter_copy",
+    "attention",
+    "deltas",
+    "elementwise",
+    "kv_shipped",
+    "kv_store",
+    "sampling",
+)
 
 
 def shipped(module: str) -> list[ShippedKernel]:

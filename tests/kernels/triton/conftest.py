@@ -1,5 +1,5 @@
-"""What tests of Triton's kernels share: the device that they run on, and adapters in scattered
-pages of a pool."""
+"""What tests of Triton's kernels share: the device that they run on, adapters in scattered pages of
+a pool, and KV caches of any format beside the same in plain torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ from polydelta.adapters_store.packing_writer import LayerWriter
 from polydelta.engine.delta_views import add_weights, change_weights
 from polydelta.kernels.delta_groups import AdapterPlaces, OutputBias, SiteDeltas, SitePlaces
 from polydelta.kernels.delta_weights import QuantizedMatrix
+from polydelta.kernels.kv_memory import KVKind, KVMemory
+from polydelta.kernels.kv_selection import Selection
+from polydelta.kernels.ops import SequenceSlice
 from polydelta.kernels.reference import ReferenceKernels
+from polydelta.kernels.triton.kv_attention import TritonKVAttention, TritonKVPlan
 
 # Puts a delta of some kind into a layer. Its numbers are random.
 Packer = Callable[[LayerWriter], PackedDelta]
@@ -221,3 +225,65 @@ def adapter_pool() -> type[AdapterPool]:
 def packers() -> dict[str, Callable[..., Packer]]:
     """By kind of delta."""
     return PACKERS
+
+
+# Errors of Triton's attention against plain torch's, as shares of the largest value: keys, values
+# and weights are rounded once more.
+KV_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+class OnDevice:
+    """Triton's attention for a trial whose tensors are on the CPU."""
+
+    def __init__(self, kind: KVKind, device: torch.device) -> None:
+        self._device = device
+        self._attention = TritonKVAttention(kind, device)
+
+    def plan(self, slices: Sequence[SequenceSlice]) -> TritonKVPlan:
+        return self._attention.plan(slices)
+
+    def attend(self, plan: TritonKVPlan, layer: int, memory: KVMemory, *rows: Tensor) -> Tensor:
+        opened = None if memory.open is None else memory.open.to(self._device)
+        there = replace(memory, pages=memory.pages.to(self._device), open=opened)
+        moved = (each.to(self._device) for each in rows)
+        out = self._attention.attend(plan, layer, there, *moved).cpu()
+        memory.pages.copy_(there.pages)
+        if memory.open is not None:
+            memory.open.copy_(there.open)
+        return out
+
+
+class KVPair:
+    """The same trial twice: in plain torch, and in Triton, which is checked against it."""
+
+    def __init__(
+        self, trial: Callable[..., Any], device: torch.device, *args: Any, **sizes: Any
+    ) -> None:
+        sizes = {"page_tokens": 4, "dtype": torch.float32} | sizes
+        sizes["query_dtype"] = sizes["dtype"]
+        self.plain = trial(*args, **sizes)
+        self.triton = trial(*args, **sizes, attention=lambda kind, _: OnDevice(kind, device))
+
+    def fill(self, *parts: tuple[int, int, int, Selection]) -> None:
+        """A step in plain torch alone, which is faster than the interpreter."""
+        self.plain.step(parts)
+        for name in ("pages", "open"):
+            mine, other = (getattr(each.memory, name) for each in (self.plain, self.triton))
+            if mine is not None:
+                other.copy_(mine)
+
+    def check(self, *parts: tuple[int, int, int, Selection]) -> list[Tensor]:
+        """A step in both: what Triton gives, which is near to the truth."""
+        got = self.triton.step(parts)
+        for mine, wanted in zip(got, self.plain.step(parts), strict=True):
+            assert mine.dtype == wanted.dtype
+            error = (mine.double() - wanted.double()).abs()
+            # Not `error > bound`: a NaN is an error too.
+            near = error <= KV_TOLERANCE[mine.dtype] * wanted.double().abs().max()
+            assert near.all(), f"off by up to {float(error.max()):.3g}"
+        return got
+
+
+@pytest.fixture
+def kv_pair(kv_trial: Callable[..., Any], device: torch.device) -> Callable[..., KVPair]:
+    return lambda *args, **sizes: KVPair(kv_trial, device, *args, **sizes)
