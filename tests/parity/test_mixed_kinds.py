@@ -237,20 +237,17 @@ def test_kinds_mixed_over_the_default_model_equal_their_authors_forward(
     check_logits(default_reference, paged, tmp_path, NAMES)
 
 
-def test_a_batch_of_all_kinds_answers_each_request_as_alone(
-    tiny_model: PreTrainedModel,
-    tiny_checkpoint: Checkpoint,
-    serve: Callable,
-    run: Callable,
-    tmp_path: Path,
-) -> None:
-    """Through the engine: one batch, with and without preemption, equals one request at a time."""
-    texts = prompts()
+@pytest.fixture(scope="module")
+def one_of_each(
+    tiny_model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory
+) -> list[GenerationRequest]:
+    """A request for each kind."""
+    root, texts = tmp_path_factory.mktemp("kinds"), prompts()
     for name in NAMES[1:]:
-        make_kind(name, tiny_model, tmp_path)
-    catalog = FolderCatalog([tmp_path])
+        make_kind(name, tiny_model, root)
+    catalog = FolderCatalog([root])
     params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
-    requests = [
+    return [
         GenerationRequest(
             name,
             texts[name],
@@ -259,16 +256,56 @@ def test_a_batch_of_all_kinds_answers_each_request_as_alone(
         )
         for name in NAMES
     ]
-    with serve(tiny_checkpoint) as engine:
+
+
+def check_together(
+    requests: list[GenerationRequest],
+    checkpoint: Checkpoint,
+    serve: Callable,
+    run: Callable,
+    **options: Any,
+) -> None:
+    """Through the engine: one batch, with and without eviction, equals one request at a time."""
+    with serve(checkpoint, **options) as engine:
         alone = {r.request_id: run(engine, [r])[r.request_id].token_ids for r in requests}
         together = {name: a.token_ids for name, a in run(engine, requests).items()}
     assert together == alone
-    assert len({tuple(tokens) for tokens in alone.values()}) > len(NAMES) // 2
+    assert len({tuple(tokens) for tokens in alone.values()}) > len(requests) // 2
     # 3 layers of 2,560-byte pages: room for some of them at a time.
-    with serve(tiny_checkpoint, pool_bytes=120 * 3 * 2560, max_batch_tokens=24) as engine:
-        crowded = {name: a.token_ids for name, a in run(engine, requests).items()}
+    crowded = options | {"pool_bytes": 120 * 3 * 2560, "max_batch_tokens": 24, "max_batch_size": 9}
+    with serve(checkpoint, **crowded) as engine:
+        got = {name: a.token_ids for name, a in run(engine, requests).items()}
         assert engine.stats().adapter_evictions > 0, "the pool was not small enough"
-    assert crowded == alone
+    assert got == alone
+
+
+def test_a_batch_of_all_kinds_answers_each_request_as_alone(
+    one_of_each: list[GenerationRequest],
+    tiny_checkpoint: Checkpoint,
+    serve: Callable,
+    run: Callable,
+) -> None:
+    check_together(one_of_each, tiny_checkpoint, serve, run)
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [
+        {"kv_format": "int8"},
+        {"kv_format": "fp8", "kv_select": "window:3+9"},
+        {"kv_format": "int4", "kv_select": "quest:8", "block_size": 4},
+        {"kv_format": "kivi-4", "block_size": 5},
+    ],
+    ids=lambda kv: ", ".join(map(str, kv.values())),
+)
+def test_a_batch_of_all_kinds_answers_alike_whatever_keeps_and_reads_its_kv(
+    kv: dict[str, Any],
+    one_of_each: list[GenerationRequest],
+    tiny_checkpoint: Checkpoint,
+    serve: Callable,
+    run: Callable,
+) -> None:
+    check_together(one_of_each, tiny_checkpoint, serve, run, **kv)
 
 
 def test_the_kinds_mixed_here_are_all_that_are_served(
