@@ -211,19 +211,27 @@ class PoolSizes:
 def _sizes(pool_bytes: int, spec: KVSpec, limits: DeviceLimits, config: EngineConfig) -> PoolSizes:
     """Raises ModelError for a pool that is too small."""
     model = spec.config
-    # What sequences have outside of pages is memory as well.
-    left = pool_bytes - spec.open_bytes * (limits.max_batch_size + 1)
-    num_pages = max(0, left) // (spec.page_bytes * model.num_layers)
+    num_pages = spec.pages_in(pool_bytes, limits.max_batch_size)
     num_kv_pages = round(num_pages * (1 - (config.adapter_share or 0.0)))
     if num_kv_pages < 2:
+        opened = spec.open_bytes * (limits.max_batch_size + 1)
+        besides = (
+            f" besides {opened} bytes for the open pages of max_batch_size {limits.max_batch_size} "
+            "sequences"
+        )
         raise ModelError(
             f"A pool of {pool_bytes} bytes holds {num_pages} pages of {spec.page_bytes} bytes "
-            f"in each of {model.num_layers} layers: give it more memory."
+            f"in each of {model.num_layers} layers{besides if opened else ''}: give it more memory"
+            f"{', or lower max_batch_size' if opened else ''}."
         )
+    fitting = num_kv_pages * spec.block_size
+    if spec.read_at_most is not None and spec.read_at_most <= fitting // 2:
+        # What a window has left behind takes no room.
+        fitting = 2 * model.context_length
     return PoolSizes(
         num_pages,
-        min(model.context_length, num_kv_pages * spec.block_size),
-        _max_model_len(config, model.context_length, num_kv_pages * spec.block_size),
+        min(model.context_length, fitting),
+        _max_model_len(config, model.context_length, fitting),
     )
 
 

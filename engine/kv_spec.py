@@ -13,7 +13,7 @@ from polydelta.kernels.kv_formats.format import KVFormat, KVShape
 from polydelta.kernels.kv_layout import PageLayout
 from polydelta.kernels.kv_memory import KVKind
 from polydelta.kernels.kv_sections import page_layout_for
-from polydelta.kernels.kv_selection import FULL, Selection
+from polydelta.kernels.kv_selection import FULL, Selection, Window
 from polydelta.kernels.ops import AttentionShape
 
 
@@ -31,6 +31,8 @@ class KVSpec:
     config: ModelConfig
     # Of keys and values as the model computes them.
     dtype: torch.dtype
+    # Of requests that ask for none.
+    selection: Selection = FULL
     # Channels of keys that tell which tokens matter, [layers, kv_heads, labels] int64; or None.
     labels: Tensor | None = None
 
@@ -54,7 +56,7 @@ class KVSpec:
                 f"A page of {native_tokens} native tokens has no room for a token in KV format "
                 f"{format_name} with selection {selection}: raise block_size."
             )
-        return cls(FORMATS[format_name](), layout, config, dtype, labels)
+        return cls(FORMATS[format_name](), layout, config, dtype, selection, labels)
 
     @property
     def block_size(self) -> int:
@@ -82,6 +84,15 @@ class KVSpec:
         """Of a pool, which also pays for what sequences have outside of pages."""
         left = pool_bytes - self.open_bytes * (max_batch_size + 1)
         return max(0, left) // (self.page_bytes * self.config.num_layers)
+
+    @property
+    def read_at_most(self) -> int | None:
+        """Tokens that a sequence holds at a time however long it is; None without such a limit."""
+        if not isinstance(self.selection, Window):
+            return None
+        # A chunk of a prompt is no longer than what its queries see before them.
+        held = self.selection.sinks + 2 * self.selection.recent
+        return held + 2 * self.block_size
 
     def shape(self, window: int | None, max_positions: int) -> AttentionShape:
         """max_positions: tokens of the longest sequence."""

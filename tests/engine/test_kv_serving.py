@@ -175,3 +175,19 @@ def test_requests_with_selections_of_their_own_answer_as_alone(
             got = {name: one.token_ids for name, one in run(engine, together).items()}
             assert got == expected
     assert len({tuple(each) for each in expected.values()}) == len(expected)
+
+
+def test_a_window_serves_prompts_that_are_longer_than_the_pool(
+    checkpoint: Checkpoint, serve: Callable, run: Callable
+) -> None:
+    chance = random.Random(4)
+    prompt = [chance.randrange(3, 40000) for _ in range(303)]
+    params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    request = GenerationRequest("long", prompt, params)
+    options = OPTIONS | {"kv_select": "window:3+29"}
+    with serve(checkpoint, **options) as engine:
+        expected = run(engine, [request])["long"].token_ids
+    # Room for 160 tokens.
+    with serve(checkpoint, pool_bytes=160 * LAYERS * TOKEN_BYTES, **options) as engine:
+        assert engine.max_model_len == 512
+        assert run(engine, [request])["long"].token_ids == expected
