@@ -21,7 +21,8 @@ class Comparison:
     """A figure of one run over that of another."""
 
     name: str
-    # Where it stands in a result's figures: keys with dots between them.
+    # Where it stands in a result's figures: keys with dots between them. What the server counts is
+    # below "server_counts".
     figure: str
     run: Run
     # None: the figure is taken as it is.
@@ -141,7 +142,7 @@ def _figures(figure: str, run: str, results: Sequence[Result]) -> list[float | N
     found = []
     for one in results:
         if one["run"] == run:
-            value: Any = one["figures"]
+            value: Any = {**one["figures"], "server_counts": one.get("server_counts")}
             for key in figure.split("."):
                 value = value.get(key) if isinstance(value, Mapping) else None
             found.append(value)

@@ -9,12 +9,13 @@ as 2 a second was there (1.6).
 
 from __future__ import annotations
 
-from load_tests.suites import pressure, scale, short, slora, smoke
+from load_tests.suites import kv, pressure, scale, short, slora, smoke
 
 SUITES = {
     "short": short.suite(),
     "slora": slora.suite(),
     "scale": scale.suite(),
     "pressure": pressure.suite(),
+    "kv": kv.suite(),
     "smoke": smoke.suite(),
 }

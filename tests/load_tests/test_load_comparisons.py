@@ -62,6 +62,18 @@ def test_the_ratio_is_the_median_of_those_of_the_turns():
     assert (told["bar"], told["met"]) == ("at least 0.95", True)
 
 
+def test_what_the_server_counted_can_be_compared_like_a_figure():
+    counts = [
+        {"run": run, "figures": {}, "server_counts": {"preemptions": count}}
+        for run, count in (("A", 0.0), ("B", 8.0), ("B", 5.0), ("A", 4.0))
+    ]
+    fewer = Comparison("fewer", "server_counts.preemptions", A, B, at_most=0.99)
+    (found,) = compare([fewer], counts)
+    assert (found.values, found.against) == ((0.0, 4.0), (8.0, 5.0))
+    assert found.ratio == pytest.approx(0.4)
+    assert found.met is True
+
+
 def test_a_machine_that_slows_down_evenly_does_so_for_both():
     speeds = zip(in_turn([comparison(A, B)]), (100.0, 98.0, 96.0, 94.0), strict=True)
     results = [result(run.name, speed) for run, speed in speeds]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from load_tests.made_adapters import MODULES
 from load_tests.replay import Replay
 from load_tests.results import describe_run
 from load_tests.run import Run
-from load_tests.suites import SUITES
+from load_tests.suites import SUITES, kv
 from load_tests.workload import Bursts, Shift, Synthetic, Tenants, Workload
 
 RUNS = [(name, run) for name, suite in SUITES.items() for run in suite.runs]
@@ -67,9 +68,32 @@ def test_the_short_suite_has_every_kind_of_load():
 def test_lengths_are_an_eighth_of_those_of_s_lora():
     eighth = (8, 512 // 8)
     for name, run in RUNS:
-        if name != "smoke" and isinstance(run.workload, Synthetic | Bursts):
+        if name not in ("smoke", "kv") and isinstance(run.workload, Synthetic | Bursts):
             for drawn in drawn_from(run.workload):
                 assert (drawn.prompt_tokens, drawn.output_tokens) == (eighth, eighth)
+
+
+def test_servers_of_kv_formats_differ_in_nothing_else():
+    runs = set(SUITES["kv"].runs)
+    assert {run.server[-2:] for run in runs} == {
+        ("--kv-format", name) for name in ("native", "int8", "int4")
+    }
+    alike = {replace(run, name="", server=run.server[:-2]) for run in runs}
+    assert len(alike) == 1
+
+
+def test_a_pool_is_too_small_for_native_kv_of_all_and_large_enough_for_int4():
+    """Of requests in the middle of their answers, beside the adapters."""
+    pool, open_tokens = 84 << 20, (kv.IN_FLIGHT + 1) * 56
+    token, adapters = 2 * 30 * 192 * 2, 5 * 5 * 16
+    prompts, answers = kv.LOAD.prompt_tokens, kv.LOAD.output_tokens
+    wanted = kv.IN_FLIGHT * (sum(prompts) / 2 + sum(answers) / 4)
+    native = pool / token - adapters
+    int4 = (native - open_tokens) * 56 / 16
+    assert native < wanted / 2
+    assert int4 > wanted
+    # The largest request fits an empty pool, as half of it at most.
+    assert pool / token / 2 > prompts[1] + answers[1]
 
 
 def test_some_runs_of_a_suite_are_chosen_by_name():
