@@ -17,6 +17,8 @@ from torch import Tensor
 from benchmarks.gpu_adapters import DISTINCT
 from benchmarks.gpu_clock import LAUNCHES
 from benchmarks.gpu_setup import DTYPE, Setup
+from benchmarks.kv_reader import Way
+from benchmarks.kv_ways import NATIVE
 from benchmarks.made_model import made_checkpoint
 from benchmarks.mixed_kinds import MadeAdapters, random_lora
 from benchmarks.timed_answer import TimedAnswer
@@ -152,7 +154,7 @@ def packed_lora(setup: Setup, rank: int, seed: int) -> PackedAdapter:
 
 @contextmanager
 def made_engine(
-    setup: Setup, pool_bytes: int | None = POOL_BYTES, start: bool = True
+    setup: Setup, pool_bytes: int | None = POOL_BYTES, start: bool = True, way: Way = NATIVE
 ) -> Iterator[MadeEngine]:
     """pool_bytes: None for what the GPU has left."""
     sizes, kernels, made = setup.sizes, setup.kernels, MadeAdapters()
@@ -163,6 +165,8 @@ def made_engine(
         pool_bytes=pool_bytes if setup.on_gpu else 400 * sizes.page_bytes * sizes.model.num_layers,
         host_adapter_bytes=HOST_BYTES,
         prefix_caching=False,
+        kv_format=way.format,
+        kv_select=way.selection,
     )
     steps = Recorder(kernels.record)
     kernels.record = steps  # type: ignore[method-assign]

@@ -38,6 +38,12 @@ class Sizes:
     # Tokens that each sequence of the engine has before, and gets.
     engine_prompt: int
     engine_tokens: int
+    # Tokens that a step sees, and its sequences, for each way to store and read KV.
+    kv_contexts: Sequence[int]
+    kv_batches: Sequence[int]
+    # Of requests that are served in each of these ways, prompt and answer.
+    kv_prompt: int
+    kv_tokens: int
     # Ranks of adapters on their way from the host.
     swap_ranks: Sequence[int]
     # Entries of a vocabulary and rows that are sampled from.
@@ -88,6 +94,10 @@ FULL = Sizes(
     engine_adapters=(1, 16, 64),
     engine_prompt=128,
     engine_tokens=48,
+    kv_contexts=(1024, 4096, 8192),
+    kv_batches=(1, 8),
+    kv_prompt=1024,
+    kv_tokens=64,
     swap_ranks=(16, 64),
     sampling=(64, 128256),
     parity_model=model_of(240, 632, 3, 6, 2, 1009, 512),
@@ -108,6 +118,10 @@ QUICK = Sizes(
     engine_adapters=(2,),
     engine_prompt=5,
     engine_tokens=3,
+    kv_contexts=(75,),
+    kv_batches=(2,),
+    kv_prompt=21,
+    kv_tokens=3,
     swap_ranks=(2,),
     sampling=(3, 97),
     parity_model=model_of(48, 72, 2, 4, 2, 211, 128),

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from benchmarks import gpu_deltas, gpu_kernels, gpu_parity, gpu_serving, gpu_tuning
+from benchmarks import gpu_deltas, gpu_kernels, gpu_kv, gpu_parity, gpu_serving, gpu_tuning
 from benchmarks.gpu_clock import Ceilings
 from benchmarks.gpu_figures import Figure, Section
 from benchmarks.gpu_setup import FULL, QUICK, Setup, make_setup
@@ -39,6 +39,8 @@ SECTIONS: Mapping[str, Callable[[Setup], Iterator[Figure]]] = {
     "prefill": gpu_serving.prefill,
     "swap": gpu_serving.swap,
     "other-ways": gpu_deltas.lora_other_ways,
+    "kv": gpu_kv.attention,
+    "kv-serving": gpu_kv.serving,
 }
 
 

@@ -62,15 +62,16 @@ static inline void transpose(__m512i r[16]) {
     }
 }
 
-/* keys: KEYS rows -> packed [head_dim / 2, KEYS] */
+/* keys: KEYS rows -> packed [pairs, KEYS]; an odd number of a row is paired with 0 */
 static void pack_keys(uint32_t *packed, const uint16_t *const *keys, int64_t head_dim) {
-    const int64_t pairs = head_dim / 2;
+    const int64_t pairs = (head_dim + 1) / 2;
     for (int64_t key = 0; key < KEYS; key += 16)
         for (int64_t k = 0; k < pairs; k += 16) {
-            const __mmask16 lanes = first_lanes(pairs - k);
+            const int64_t left = head_dim - 2 * k;
+            const __mmask32 lanes = left >= 32 ? 0xffffffff : (1u << left) - 1;
             __m512i rows[16];
             for (int i = 0; i < 16; i++)
-                rows[i] = _mm512_maskz_loadu_epi32(lanes, keys[key + i] + 2 * k);
+                rows[i] = _mm512_maskz_loadu_epi16(lanes, keys[key + i] + 2 * k);
             transpose(rows);
             for (int i = 0; i < least(16, pairs - k); i++)
                 _mm512_storeu_si512(packed + (k + i) * KEYS + key, rows[i]);
@@ -80,15 +81,20 @@ static void pack_keys(uint32_t *packed, const uint16_t *const *keys, int64_t hea
 /* values: KEYS rows -> packed [KEYS / 2, padded] */
 static void pack_values(uint32_t *packed, const uint16_t *const *values, int64_t head_dim,
                         int64_t padded) {
-    for (int64_t key = 0; key < KEYS; key += 2)
-        for (int64_t i = 0; i < padded; i += 16) {
-            const __mmask16 lanes = first_lanes(head_dim - i);
-            const __m256i even = _mm256_maskz_loadu_epi16(lanes, values[key] + i);
-            const __m256i odd = _mm256_maskz_loadu_epi16(lanes, values[key + 1] + i);
-            const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
-            _mm512_storeu_si512(packed + key / 2 * padded + i,
-                                _mm512_or_si512(_mm512_cvtepu16_epi32(even), high));
+    uint16_t order[64]; /* the first number of one row, the first of the other, and so on */
+    for (int i = 0; i < 64; i++) order[i] = i / 2 + i % 2 * 32;
+    const __m512i low = _mm512_loadu_si512(order), high = _mm512_loadu_si512(order + 32);
+    for (int64_t i = 0; i < padded; i += PANEL) {
+        const int64_t left = head_dim - i;
+        const __mmask32 lanes = left >= PANEL ? 0xffffffff : (1u << left) - 1;
+        for (int64_t key = 0; key < KEYS; key += 2) {
+            const __m512i even = _mm512_maskz_loadu_epi16(lanes, values[key] + i);
+            const __m512i odd = _mm512_maskz_loadu_epi16(lanes, values[key + 1] + i);
+            uint32_t *to = packed + key / 2 * padded + i;
+            _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, low, odd));
+            _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(even, high, odd));
         }
+    }
 }
 
 #define ATTEND(ROWS)                                                                           \

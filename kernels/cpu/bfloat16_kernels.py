@@ -18,6 +18,8 @@ from polydelta.kernels.cpu import native_pages
 from polydelta.kernels.cpu.kernels import CpuKernels
 from polydelta.kernels.cpu.native import NativeLibrary, Struct
 from polydelta.kernels.cpu.native_groups import NativeSites, group
+from polydelta.kernels.cpu.native_kv import NativeKVAttention
+from polydelta.kernels.cpu.native_kv_layout import MOST_HEAD_DIM, MOST_SCORES, takes
 from polydelta.kernels.cpu.native_pages import CopiedLayers
 from polydelta.kernels.cpu.panels import PanelLinear
 from polydelta.kernels.cpu.quantized_linear import QuantizedLinear
@@ -30,12 +32,11 @@ from polydelta.kernels.delta_groups import (
     Linear,
     SiteDeltas,
 )
+from polydelta.kernels.kv_attention import KVAttention
+from polydelta.kernels.kv_memory import KVKind
 from polydelta.kernels.ops import AttentionShape, FusableLinear, RecordedStep, SequenceSlice
 from polydelta.kernels.page_writing import in_one_run
 from polydelta.kernels.quantized_weight import QuantizedWeight
-
-# As in attention.c: rows of scores that are computed together, and the widest head.
-MOST_SCORES, MOST_HEAD_DIM = 64, 256
 
 # More rows keep the cores busy enough.
 MOST_RECORDED = 64
@@ -188,6 +189,11 @@ class Bfloat16Kernels(CpuKernels):
         query_stride, out_stride = queries.stride(0), out.stride(0)
         self._pool.call("attend", plan.struct, out, out_stride, queries, query_stride, kv)
         return out
+
+    def kv_attention(self, kind: KVKind) -> KVAttention:
+        if not takes(kind):
+            return super().kv_attention(kind)
+        return NativeKVAttention(kind, self._pool, self._threads)
 
     def bind_sites(self, sites: Sequence[SiteDeltas | None]) -> AdapterSites:
         return NativeSites(sites, self._library)

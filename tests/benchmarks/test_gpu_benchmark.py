@@ -24,9 +24,10 @@ HTTP = ("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "pro
     "names",
     [
         ["lora", "attention", "decode"],
+        ["kv", "kv-serving"],
         pytest.param([n for n in SECTIONS if n != "parity"], marks=pytest.mark.long),
     ],
-    ids=["three", "all"],
+    ids=["three", "kv", "all"],
 )
 def test_every_section_runs_and_is_right_in_the_interpreter(
     names: list[str], tmp_path: Path

@@ -151,9 +151,7 @@ class Serving:
         decoder = decoder_of(checkpoint, kernels, torch.float32)
         host: Any = Host({"lora": lora})
         spec = KVSpec.of(decoder.config, torch.float32, BLOCK_SIZE)
-        self.runner = Runner(
-            decoder, kernels, NUM_PAGES, spec, host, fuse_after
-        )
+        self.runner = Runner(decoder, kernels, NUM_PAGES, spec, host, fuse_after)
         need = -(-lora.bytes_per_layer // self.runner._storage.shape[-1])
         self._bound = self.runner.bind_adapter(lora, range(20, 20 + need))
         params = SamplingParams(temperature=0.0, logprobs=0)

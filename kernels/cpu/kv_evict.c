@@ -1,0 +1,259 @@
+/* Attention that tokens receive, and the one that leaves for a new one, as kv_eviction.py has it. */
+
+/* The last `rows` tokens of a sequence ask all before them. */
+typedef struct {
+    KVCache cache;
+    int64_t heads, rows, context, slot;
+    const int64_t *pages;
+    double scale;
+    const uint16_t *queries; /* [rows, heads, head_dim] */
+    int64_t query_stride;
+    float *softmax;   /* for each kv head, query and head of it: the highest score, and 1 / total */
+    double *received; /* [kv_heads, context] */
+} KVVoting;
+
+/* Some of the queries, for one kv head; and a tile of tokens that they ask. */
+typedef struct {
+    KVPlan plan;
+    KVReading reading;
+    KVSlice slice;
+    int64_t head, group, first, count; /* count: rows, queries and heads of them */
+    const uint16_t *query_rows[MOST_SCORES];
+    Tile tile;
+    uint32_t keys[MOST_HEAD_DIM / 2 * KEYS];
+    uint16_t room[KEYS * MOST_HEAD_DIM];
+    float scores[MOST_SCORES][KEYS];
+} Votes;
+
+static void begin_votes(Votes *votes, const KVVoting *of, int64_t head) {
+    votes->plan = (KVPlan){.heads = of->heads, .pages = of->pages, .scale = of->scale};
+    votes->reading = (KVReading){.cache = of->cache, .plan = &votes->plan};
+    votes->slice = (KVSlice){.length = of->rows, .context = of->context, .slot = of->slot};
+    votes->head = head;
+    votes->group = of->heads / of->cache.layout->kv_heads;
+}
+
+static void find_votes(Votes *votes, const KVVoting *of, int64_t first) {
+    const int64_t group = votes->group;
+    votes->first = first;
+    votes->count = least(MOST_SCORES / group, of->rows - first) * group;
+    for (int64_t r = 0; r < votes->count; r++)
+        votes->query_rows[r] = of->queries + (first + r / group) * of->query_stride +
+                               (votes->head * group + r % group) * of->cache.layout->head_dim;
+}
+
+static void load_asked(Votes *votes, int64_t token, int64_t count) {
+    const uint16_t *found[KEYS];
+    const KVCache *cache = &votes->reading.cache;
+    find_tokens(&votes->tile, &votes->reading, &votes->slice, NULL, token, count);
+    load_rows(found, votes->room, cache, KEY_SIDE, votes->head, &votes->tile);
+    pack_keys(votes->keys, found, cache->layout->head_dim);
+}
+
+static void score_votes(Votes *votes) {
+    const int64_t pairs = votes->reading.cache.layout->head_dim / 2;
+    for (int64_t r = 0; r < votes->count; r += SCORE_ROWS)
+        SCORE[least(SCORE_ROWS, votes->count - r)](votes->scores + r, votes->query_rows + r,
+                                                   votes->keys, pairs);
+}
+
+/* Which of the tile's tokens a row sees. */
+static uint32_t seen_votes(const Votes *votes, int64_t row) {
+    const KVSlice *slice = &votes->slice;
+    const int64_t position = slice->context - slice->length + votes->first + row / votes->group;
+    return seen_tokens(&votes->tile, position, 0, slice);
+}
+
+static float *softmax_of(const KVVoting *of, const Votes *votes, int64_t row) {
+    return of->softmax + 2 * ((votes->head * of->rows + votes->first) * votes->group + row);
+}
+
+static void measure_item(const void *task, int64_t item) {
+    const KVVoting *of = task;
+    const int64_t at_once = MOST_SCORES / (of->heads / of->cache.layout->kv_heads);
+    const int64_t blocks = (of->rows + at_once - 1) / at_once;
+    Votes votes;
+    begin_votes(&votes, of, item / blocks);
+    find_votes(&votes, of, item % blocks * at_once);
+    float highest[MOST_SCORES];
+    __m512 totals[MOST_SCORES];
+    uint16_t weights[KEYS];
+    for (int64_t r = 0; r < votes.count; r++)
+        highest[r] = -__builtin_inff(), totals[r] = _mm512_setzero_ps();
+    const int64_t stop = of->context - of->rows + votes.first + votes.count / votes.group;
+    for (int64_t token = 0; token < stop; token += KEYS) {
+        load_asked(&votes, token, least(KEYS, stop - token));
+        score_votes(&votes);
+        for (int64_t r = 0; r < votes.count; r++) {
+            const uint32_t seen = seen_votes(&votes, r);
+            if (seen) soften(weights, votes.scores[r], seen, of->scale, highest + r, totals + r);
+        }
+    }
+    for (int64_t r = 0; r < votes.count; r++) {
+        float *softmax = softmax_of(of, &votes, r);
+        softmax[0] = highest[r];
+        softmax[1] = 1.0f / _mm512_reduce_add_ps(totals[r]);
+    }
+}
+
+static void sum_item(const void *task, int64_t item) {
+    const KVVoting *of = task;
+    const int64_t parts = (of->context + PART - 1) / PART, first = item % parts * PART;
+    const __m512 scale = _mm512_set1_ps(of->scale);
+    Votes votes;
+    begin_votes(&votes, of, item / parts);
+    for (int64_t token = first; token < least(of->context, first + PART); token += KEYS) {
+        const int64_t count = least(KEYS, of->context - token);
+        double *received = of->received + votes.head * of->context + token;
+        load_asked(&votes, token, count);
+        memset(received, 0, count * sizeof *received);
+        for (int64_t query = 0; query < of->rows; query += votes.count / votes.group) {
+            __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+            float together[KEYS];
+            find_votes(&votes, of, query);
+            if (!seen_votes(&votes, votes.count - 1)) continue;
+            score_votes(&votes);
+            for (int64_t r = 0; r < votes.count; r++) {
+                const uint32_t seen = seen_votes(&votes, r);
+                const float *softmax = softmax_of(of, &votes, r);
+                const __m512 highest = _mm512_set1_ps(softmax[0]), by = _mm512_set1_ps(softmax[1]);
+                for (int half = 0; half < 2; half++) {
+                    const __m512 score = _mm512_loadu_ps(votes.scores[r] + 16 * half);
+                    const __m512 share = exp_lanes(_mm512_fmsub_ps(score, scale, highest));
+                    sums[half] = _mm512_mask3_fmadd_ps(share, by, sums[half], seen >> 16 * half);
+                }
+            }
+            for (int half = 0; half < 2; half++) _mm512_storeu_ps(together + 16 * half, sums[half]);
+            for (int64_t i = 0; i < count; i++) received[i] += together[i];
+        }
+    }
+}
+
+void polydelta_note_attention(Pool *pool, const KVVoting *of) {
+    const int64_t kv_heads = of->cache.layout->kv_heads, at_once = MOST_SCORES / (of->heads / kv_heads);
+    share(pool, measure_item, of, kv_heads * ((of->rows + at_once - 1) / at_once));
+    share(pool, sum_item, of, kv_heads * ((of->context + PART - 1) / PART));
+}
+
+/* The token in place `kept` takes the place of the one that has received least of those whose
+ * position is below `recent`. */
+typedef struct {
+    KVCache cache;
+    const int64_t *pages;
+    int64_t kept, position, recent;
+    double similarity;
+    const double *shares; /* [kv_heads, kept + 1], to be added */
+    double *received;     /* [kv_heads, kept] */
+    int64_t *positions;   /* [kv_heads, kept] */
+} KVReplacing;
+
+static RowAt row_in(const KVReplacing *of, int64_t side, int64_t place, int64_t head) {
+    const KVLayout *layout = of->cache.layout;
+    const char *page = page_at(&of->cache, of->pages[place / layout->block_size]);
+    return (RowAt){layout, layout->sides + side, page, place % layout->block_size, head};
+}
+
+/* One token and side of a head, where it lies or in `room`. */
+static const uint16_t *read_token(uint16_t *room, const KVReplacing *of, int64_t side, int64_t place,
+                                  int64_t head) {
+    const RowAt at = row_in(of, side, place, head);
+    const uint16_t *rows[KEYS];
+    Tile tile = {.slot = -1};
+    tile.pages[0] = at.page;
+    tile.places[0] = at.place;
+    load_rows(rows, room, &of->cache, side, head, &tile);
+    return rows[0];
+}
+
+static float product(const uint16_t *a, const uint16_t *b, int64_t dim) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < dim; i += 32) {
+        const __mmask32 lanes = dim - i >= 32 ? 0xffffffff : (1u << (dim - i)) - 1;
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(lanes, a + i),
+                               (__m512bh)_mm512_maskz_loadu_epi16(lanes, b + i));
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+/* Among the tokens but one, that with the key most like it; -1 where none is like it enough. */
+static int64_t most_like(const KVReplacing *of, int64_t head, int64_t leaving) {
+    const int64_t dim = of->cache.layout->head_dim;
+    const KVPlan plan = {.pages = of->pages};
+    const KVReading reading = {.cache = of->cache, .plan = &plan};
+    const KVSlice slice = {.context = of->kept + 1};
+    uint16_t leaving_room[KEYS * MOST_HEAD_DIM], room[KEYS * MOST_HEAD_DIM];
+    const uint16_t *key = read_token(leaving_room, of, KEY_SIDE, leaving, head), *rows[KEYS];
+    const float length = sqrtf(product(key, key, dim));
+    float best = of->similarity;
+    int64_t found = -1;
+    for (int64_t first = 0; first <= of->kept; first += KEYS) {
+        const int64_t count = least(KEYS, of->kept + 1 - first);
+        Tile tile;
+        find_tokens(&tile, &reading, &slice, NULL, first, count);
+        load_rows(rows, room, &of->cache, KEY_SIDE, head, &tile);
+        for (int64_t i = 0; i < count; i++) {
+            const float lengths = length * sqrtf(product(rows[i], rows[i], dim));
+            const float likeness = lengths > 0 ? product(key, rows[i], dim) / lengths : 0;
+            if (likeness > best && first + i != leaving) best = likeness, found = first + i;
+        }
+    }
+    return found;
+}
+
+/* Puts the mean of two tokens, the second of which has this weight, where the first one is. */
+static void merge_tokens(const KVReplacing *of, int64_t head, int64_t to, int64_t from, double weight) {
+    const int64_t dim = of->cache.layout->head_dim;
+    uint16_t room[2][KEYS * MOST_HEAD_DIM], row[MOST_HEAD_DIM];
+    for (int64_t side = 0; side < SIDES; side++) {
+        const uint16_t *mine = read_token(room[0], of, side, to, head);
+        const uint16_t *its = read_token(room[1], of, side, from, head);
+        for (int64_t i = 0; i < dim; i += 16) {
+            const __mmask16 lanes = first_lanes(dim - i);
+            const __m512 a = load_wide(lanes, mine + i), b = load_wide(lanes, its + i);
+            const __m512 mean = _mm512_fmadd_ps(_mm512_sub_ps(b, a), _mm512_set1_ps(weight), a);
+            store_narrow(row + i, lanes, mean);
+        }
+        const RowAt at = row_in(of, side, to, head);
+        encode_row(&at, row);
+    }
+}
+
+/* As it is stored: native, or with a scale as int8 has it; others encode whole pages. */
+static void move_token(const KVReplacing *of, int64_t head, int64_t to, int64_t from) {
+    const KVLayout *layout = of->cache.layout;
+    for (int64_t side = 0; side < SIDES; side++) {
+        const RowAt at = row_in(of, side, to, head), source = row_in(of, side, from, head);
+        const int64_t scales = at.side->scales;
+        memcpy((char *)codes_at(&at), codes_at(&source), layout->code_bytes);
+        if (layout->format != NATIVE)
+            memcpy((char *)at.page + scales + 2 * row_number(&at),
+                   source.page + scales + 2 * row_number(&source), 2);
+    }
+}
+
+static void replace_item(const void *task, int64_t head) {
+    const KVReplacing *of = task;
+    const double *shares = of->shares + head * (of->kept + 1);
+    double *received = of->received + head * of->kept;
+    int64_t *positions = of->positions + head * of->kept;
+    int64_t leaving = -1;
+    for (int64_t i = 0; i < of->kept; i++) {
+        received[i] += shares[i];
+        if (positions[i] < of->recent && (leaving < 0 || received[i] < received[leaving])) leaving = i;
+    }
+    double newest = shares[of->kept];
+    const double gone = received[leaving];
+    const int64_t like = gone > 0 ? most_like(of, head, leaving) : -1;
+    if (like >= 0) {
+        double *weight = like == of->kept ? &newest : received + like;
+        *weight += gone;
+        merge_tokens(of, head, like, leaving, gone / *weight);
+    }
+    move_token(of, head, leaving, of->kept);
+    received[leaving] = newest;
+    positions[leaving] = of->position;
+}
+
+void polydelta_replace_token(Pool *pool, const KVReplacing *of) {
+    share(pool, replace_item, of, of->cache.layout->kv_heads);
+}

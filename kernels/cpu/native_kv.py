@@ -1,0 +1,145 @@
+"""Attention over a KV cache of any format and with any selection in our own C."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polydelta.kernels.cpu.native import Field, NativePool, Struct
+from polydelta.kernels.cpu.native_eviction import NativeEviction
+from polydelta.kernels.cpu.native_kv_layout import layout_struct, takes_notes
+from polydelta.kernels.cpu.native_kv_plan import ReadingPlan, Workspace
+from polydelta.kernels.kv_attention import KVAttention, KVPlan, KVRound
+from polydelta.kernels.kv_memory import KVKind, KVMemory
+from polydelta.kernels.kv_selection import Quest, XAttention
+from polydelta.kernels.ops import SequenceSlice
+
+
+@dataclass(frozen=True, eq=False)
+class NativeRound(KVRound):
+    # What torch reads.
+    others: Sequence[SequenceSlice]
+    # `KVStored` and `KVPlan` of the C files; the last one for layers in which Quest reads all.
+    stored: Struct
+    read: Struct
+    read_dense: Struct
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NativeKVPlan(KVPlan):
+    rounds: Sequence[NativeRound]
+    # Rows without context.
+    idle: Struct
+    recordable: bool
+
+    def assume(self, other: NativeKVPlan) -> None:
+        """Takes the content of another plan in the place of its own; both are `recordable`."""
+        self.idle.assume(other.idle)
+        for mine, its in zip(self.rounds, other.rounds, strict=True):
+            mine.stored.assume(its.stored)
+            mine.read.assume(its.read)
+            mine.read_dense.assume(its.read_dense)
+
+
+class NativeKVAttention(KVAttention):
+    """Whole pages are encoded by torch, which also chooses blocks of prompts."""
+
+    def __init__(self, kind: KVKind, pool: NativePool, threads: int) -> None:
+        """kind: one that `native_kv_layout.takes`."""
+        super().__init__(kind, torch.device("cpu"))
+        self._pool = pool
+        self._threads = threads
+        self._layout = layout_struct(kind)
+        self._takes_notes = takes_notes(kind.layout)
+        self._workspace = Workspace()
+        self._eviction = NativeEviction(kind, pool, self._cache)
+
+    def plan(self, slices: Sequence[SequenceSlice]) -> NativeKVPlan:
+        plan = super().plan(slices)
+        rounds = [self._native(each) for each in plan.rounds]
+        alone = [each for part in rounds for each in (*plan.evicting, *part.others)]
+        encoded = any(len(each.closing) for each in rounds) and self.kind.format.by_page
+        recordable = len(rounds) == 1 and not alone and not encoded
+        return NativeKVPlan(
+            rounds=rounds, evicting=plan.evicting, idle=_idle(slices), recordable=recordable
+        )
+
+    def blank(self, plan: KVPlan, queries: Tensor) -> Tensor:
+        assert isinstance(plan, NativeKVPlan)
+        out = self._pool.empty(*queries.shape)
+        size = queries.shape[1] * queries.shape[2]
+        self._pool.call("clear_rows", out, size, size, plan.idle)
+        return out
+
+    def store(self, part: KVRound, memory: KVMemory, keys: Tensor, values: Tensor) -> None:
+        assert isinstance(part, NativeRound)
+        strides = keys.stride(0), values.stride(0)
+        cache = self._cache(memory)
+        self._pool.call("store_tokens", *cache, part.stored, keys, values, *strides)
+
+    def close(self, part: KVRound, layer: int, memory: KVMemory) -> None:
+        assert isinstance(part, NativeRound)
+        if self.kind.format.by_page:
+            super().close(part, layer, memory)
+        elif self._takes_notes:
+            self._pool.call("note_tokens", *self._cache(memory), part.stored, self._labels(layer))
+
+    def read(
+        self, part: KVRound, layer: int, memory: KVMemory, queries: Tensor, out: Tensor
+    ) -> None:
+        assert isinstance(part, NativeRound)
+        plan = part.read_dense if layer < Quest.dense_layers else part.read
+        strides = out.stride(0), queries.stride(0)
+        self._pool.call(
+            "attend_kv",
+            *self._cache(memory),
+            plan,
+            out,
+            strides[0],
+            queries,
+            strides[1],
+            self._labels(layer),
+        )
+        if part.others:
+            others = KVRound(part.others, part.rows, part.places, part.closing, part.closing_slots)
+            super().read(others, layer, memory, queries, out)
+
+    def _native(self, part: KVRound) -> NativeRound:
+        others = [each for each in part.slices if self._is_torchs(each)]
+        ours = [each for each in part.slices if not self._is_torchs(each)]
+        reading = ReadingPlan(self.kind, ours, self._threads)
+        stored = Struct((len(part.rows), part.rows, part.places, len(part.closing), part.closing))
+        return NativeRound(
+            part.slices,
+            part.rows,
+            part.places,
+            part.closing,
+            part.closing_slots,
+            others,
+            stored,
+            *reading.structs(self._workspace),
+        )
+
+    def _is_torchs(self, part: SequenceSlice) -> bool:
+        return isinstance(part.selection, XAttention) and self.kind.shape.window is None
+
+    def _cache(self, memory: KVMemory) -> tuple[Field, ...]:
+        """`KVCache`."""
+        pages, host = memory.pages, memory.host
+        away = (None, 0) if host is None else (host, host.stride(0))
+        return (self._layout, pages, pages.stride(0), len(pages), *away, memory.open)
+
+    def _labels(self, layer: int) -> Tensor | None:
+        return None if self.kind.labels is None else self.kind.labels[layer]
+
+
+def _idle(slices: Sequence[SequenceSlice]) -> Struct:
+    """Rows without context."""
+    rows: list[int] = []
+    for part in slices:
+        if not part.context:
+            rows += range(part.start, part.start + part.length)
+    return Struct((len(rows), torch.tensor(rows, dtype=torch.int64)))
