@@ -88,9 +88,11 @@ class PagedKV:
             self._kernels.store_kv(self._native[layer], keys, values, self._slots)
             return
         window, memory = self._windows[layer], self._memories[layer]
+        attention = self._attention(window)
+        keys = attention.rotated(keys)
         for part in self._plans[window].rounds:
-            self._attention(window).store(part, memory, keys, values)
-            self._attention(window).close(part, layer, memory)
+            attention.store(part, memory, keys, values)
+            attention.close(part, layer, memory)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         window = self._windows[layer]

@@ -20,6 +20,7 @@ from polydelta.kernels.kv_eviction import Eviction, evicting
 from polydelta.kernels.kv_memory import KVKind, KVMemory, decode_tokens
 from polydelta.kernels.kv_notes import label_rows, summarize
 from polydelta.kernels.kv_prefill import attended_blocks
+from polydelta.kernels.kv_rotation import rotated
 from polydelta.kernels.kv_selecting import precise, select
 from polydelta.kernels.kv_selection import Window, XAttention
 from polydelta.kernels.ops import Kernels, SequenceSlice
@@ -86,6 +87,7 @@ class KVAttention:
     ) -> Tensor:
         """queries: `[tokens, heads, head_dim]`; keys, values: `[tokens, kv_heads, head_dim]` ->
         like the queries; rows without context get zeros."""
+        queries, keys = self.rotated(queries), self.rotated(keys)
         out = self.blank(plan, queries)
         for each in plan.rounds:
             self.store(each, memory, keys, values)
@@ -98,12 +100,16 @@ class KVAttention:
         self.evict(plan.evicting, layer, memory, queries)
         return out
 
+    def rotated(self, heads: Tensor) -> Tensor:
+        """Queries, or keys, as the format wants them: `[tokens, *, head_dim]` each."""
+        return rotated(heads) if self.kind.format.rotates_keys else heads
+
     def blank(self, plan: KVPlan, queries: Tensor) -> Tensor:  # noqa: ARG002
         """Like the queries: zeros where a row has no context."""
         return torch.zeros_like(queries)
 
     def store(self, part: KVRound, memory: KVMemory, keys: Tensor, values: Tensor) -> None:
-        """Of the round's rows."""
+        """Of the round's rows; keys as `rotated` has them."""
         keys, values = (each.index_select(0, part.rows) for each in (keys, values))
         size = self.kind.layout.block_size
         pages, places = part.places // size, part.places % size

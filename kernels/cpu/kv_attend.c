@@ -71,34 +71,10 @@ static inline int64_t next_tile(const KVRows *rows, int64_t first) {
     return first;
 }
 
-/* Pages on their way to a cache, as `Stream` in attention.c. */
-typedef struct {
-    const KVCache *cache;
-    const int64_t *pages;
-    int64_t page, stop; /* places in the block table */
-    const char *at;     /* of this page; NULL where it is not known yet, or nobody reads it */
-    int64_t left;       /* bytes of it */
-    int64_t lines;      /* to be sent for at a time */
-} KVStream;
-
-static inline void begin_page(KVStream *stream, int64_t page) {
-    stream->page = page;
-    stream->left = 0;
-    if (page >= stream->stop) return;
-    stream->at = page_at(stream->cache, stream->pages[page]);
-    stream->left = stream->at ? stream->cache->layout->stored_bytes : 0;
-}
-
-static inline void advance_pages(KVStream *stream, int64_t lines) {
-    while (lines > 0 && stream->page < stream->stop) {
-        for (; lines > 0 && stream->left > 0; lines--, stream->left -= 64, stream->at += 64)
-            _mm_prefetch(stream->at, _MM_HINT_T0);
-        if (stream->left <= 0) begin_page(stream, stream->page + 1);
-    }
-}
-
-/* Tiles of one part, which each kv head goes through before the next one does. */
-enum { BLOCK = 2 };
+/* Tiles of one part, which each kv head goes through before the next one does. Where heads have lists
+ * of their own, they come along together: what one of them reads of a page brings much of what others
+ * may want of it. */
+enum { BLOCK = 2, MOST_LISTS = 8 };
 typedef struct {
     Tile tiles[BLOCK];
     int64_t count, part;
@@ -107,7 +83,7 @@ typedef struct {
 /* What a thread needs for a tile. */
 typedef struct {
     KVStream stream;
-    TileBlock blocks[2];
+    TileBlock blocks[2][MOST_LISTS];
     uint32_t keys[MOST_HEAD_DIM / 2 * KEYS], values[KEYS / 2 * MOST_HEAD_DIM];
     uint16_t room[KEYS * MOST_HEAD_DIM];
     float scores[MOST_SCORES][KEYS];
@@ -116,13 +92,15 @@ typedef struct {
     __m512 totals[MOST_SCORES];
 } TileRoom;
 
-/* Sends for a quarter of what comes next: the same head of the next tile, or some of the pages. */
+/* Sends for a quarter of what comes next: some of the pages, or the same head of the next tile. */
+enum { QUARTERS = 4 };
 static inline void send_ahead(TileRoom *in, const KVRows *rows, int64_t head, const Tile *ahead,
                               int64_t quarter) {
     if (in->stream.lines)
         advance_pages(&in->stream, in->stream.lines);
     else if (ahead)
-        send_for(&rows->of->cache, KEY_SIDE, SIDES, head, ahead, quarter * KEYS / 4, (quarter + 1) * KEYS / 4);
+        send_for(&rows->of->cache, KEY_SIDE, SIDES, head, ahead, quarter * KEYS / QUARTERS,
+                 (quarter + 1) * KEYS / QUARTERS);
 }
 
 /* One kv head of a tile, on the way to which is the next one. */
@@ -162,16 +140,24 @@ static void attend_tile(const KVRows *rows, int64_t number, const Tile *tile, co
                                          padded);
 }
 
-/* The next tiles of one part, `*first` being where they begin, and then where others do. */
-static void find_block(TileBlock *block, const KVRows *rows, const int32_t *list, int64_t *first,
-                       int64_t stop) {
-    block->count = 0;
-    block->part = *first / PART;
-    while (block->count < BLOCK && *first < stop && *first / PART == block->part) {
-        find_tokens(block->tiles + block->count++, rows->of, rows->slice,
-                    list ? list + *first : NULL, *first, stop - *first);
-        *first = next_tile(rows, *first + KEYS);
+/* The next tiles of one part, of each list; returns where others begin. */
+static int64_t find_blocks(TileBlock *blocks, const KVRows *rows, int64_t first, int64_t stop) {
+    const KVReading *of = rows->of;
+    const KVSlice *slice = rows->slice;
+    const int64_t listed = (slice->listed + KEYS - 1) / KEYS * KEYS, part = first / PART;
+    int64_t starts[BLOCK], count = 0;
+    for (; count < BLOCK && first < stop && first / PART == part; first = next_tile(rows, first + KEYS))
+        starts[count++] = first;
+    for (int64_t i = 0; i < (listed ? rows->kv_heads : 1); i++) {
+        const int32_t *list =
+            listed ? of->plan->lists + slice->list + (rows->first_kv_head + i) * listed : NULL;
+        blocks[i].count = count;
+        blocks[i].part = part;
+        for (int64_t k = 0; k < count; k++)
+            find_tokens(blocks[i].tiles + k, of, slice, list ? list + starts[k] : NULL, starts[k],
+                        stop - starts[k]);
     }
+    return first;
 }
 
 /* Tokens first : stop, or those places of a list. Where `parts` is given, the sums of each part are
@@ -183,9 +169,7 @@ static void attend_tokens(const KVRows *rows, int64_t first, int64_t stop, float
     const int64_t padded = padded_dim(of), heads = of->plan->heads;
     const int64_t count = rows->kv_heads * rows->queries * group_of(of);
     const int64_t first_head = rows->first_kv_head * group_of(of);
-    const int64_t listed = (slice->listed + KEYS - 1) / KEYS * KEYS;
-    const int32_t *list =
-        slice->listed ? of->plan->lists + slice->list + rows->first_kv_head * listed : NULL;
+    const int64_t lists = slice->listed ? rows->kv_heads : 0;
     TileRoom in;
     float memory[MOST_SCORES * (MOST_HEAD_DIM + 2)];
     Sums sums = sums_at(memory, count);
@@ -195,18 +179,13 @@ static void attend_tokens(const KVRows *rows, int64_t first, int64_t stop, float
     }
     int64_t following = next_tile(rows, first);
     const int64_t size = of->cache.layout->block_size;
-    in.stream = (KVStream){.cache = &of->cache, .pages = of->plan->pages + slice->first_page};
-    if (!list && slice->length == 1) {
-        const int64_t tile_lines = of->cache.layout->stored_bytes * KEYS / size / 64;
-        in.stream.lines = tile_lines / (4 * rows->kv_heads) + 1;
-        in.stream.stop = (stop + size - 1) / size;
-        begin_page(&in.stream, following / size);
-        advance_pages(&in.stream, BLOCK * tile_lines);
-    }
-    const TileBlock *block = in.blocks;
-    find_block(in.blocks, rows, list, &following, stop);
-    for (int64_t i = 0; i < block->count && list; i++)
-        send_for(&of->cache, KEY_SIDE, SIDES, rows->first_kv_head, block->tiles + i, 0, KEYS);
+    begin_stream(&in.stream, of, slice, rows->first_kv_head, rows->kv_heads, following, stop, QUARTERS);
+    advance_pages(&in.stream, 2 * BLOCK * QUARTERS * rows->kv_heads * in.stream.lines);
+    const TileBlock *block = in.blocks[0];
+    following = find_blocks(in.blocks[0], rows, following, stop);
+    for (int64_t i = 0; i < lists && !in.stream.lines; i++)
+        for (int64_t k = 0; k < block->count; k++)
+            send_for(&of->cache, KEY_SIDE, SIDES, rows->first_kv_head + i, block[i].tiles + k, 0, KEYS);
     for (int64_t part = first / PART; part * PART < stop; part++) {
         if (parts) {
             const Sums whole = sums_at(parts + part * stride, heads);
@@ -221,13 +200,15 @@ static void attend_tokens(const KVRows *rows, int64_t first, int64_t stop, float
         clear_sums(sums, count, padded);
         for (int64_t r = 0; r < count; r++) in.totals[r] = _mm512_setzero_ps();
         while (block->count && block->part == part) {
-            TileBlock *next = in.blocks + (block == in.blocks);
-            if (in.stream.page < following / size) begin_page(&in.stream, following / size);
-            find_block(next, rows, list, &following, stop);
-            for (int64_t head = 0; head < rows->kv_heads; head++)
+            TileBlock *next = in.blocks[block == in.blocks[0]];
+            if (!lists && in.stream.page < following / size) begin_page(&in.stream, following / size);
+            following = find_blocks(next, rows, following, stop);
+            for (int64_t head = 0; head < rows->kv_heads; head++) {
+                const int64_t list = lists ? head : 0;
                 for (int64_t i = 0; i < block->count; i++)
-                    attend_tile(rows, head, block->tiles + i,
-                                i < next->count ? next->tiles + i : NULL, &in, sums);
+                    attend_tile(rows, head, block[list].tiles + i,
+                                i < next->count ? next[list].tiles + i : NULL, &in, sums);
+            }
             block = next;
         }
         for (int64_t r = 0; r < count; r++) sums.total[r] = _mm512_reduce_add_ps(in.totals[r]);

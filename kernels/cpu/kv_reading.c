@@ -2,7 +2,7 @@
 
 /* Tokens whose running softmax is a part of its own: a long context is several threads' work, and
  * sums are the same bits however parts are shared out. */
-enum { PART = 512 };
+enum { PART = 256 };
 
 /* How tokens are chosen. */
 enum { ALL, PAGES_BY_BOUNDS, TOKENS_BY_LABELS, PAGES_BY_REPRESENTATIVES };

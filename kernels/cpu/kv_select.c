@@ -19,13 +19,13 @@ typedef struct {
     Tile tile;                     /* others: whose they are */
 } Candidates;
 
-/* Of one slice, for one kv head; or with TOKENS_BY_LABELS for several, whose labels are packed at
- * once. */
+/* Of one slice, for some kv heads. */
 typedef struct {
     const KVReading *of;
     const KVSlice *slice;
     const KVChoice *choice;
-    int64_t head, heads;
+    int64_t first_head, heads;
+    int64_t at_once;   /* of them: labels lie beside one another, and are packed together */
     int64_t numbers;   /* that a query has for a candidate, rounded up to pairs */
     int64_t each, stop; /* rows of one candidate; the last candidate, not included */
     uint16_t queries[MOST_SCORES][2 * MOST_HEAD_DIM];
@@ -42,7 +42,7 @@ static void prepare_queries(Scoring *scoring, int64_t head) {
     for (int64_t r = 0; r < group; r++) {
         const uint16_t *query = of->queries + scoring->slice->start * of->query_stride +
                                 (head * group + r) * dim;
-        const int64_t row = (head - scoring->head) * group + r;
+        const int64_t row = (head - scoring->first_head) * group + r;
         uint16_t *own = scoring->queries[row];
         scoring->query_rows[row] = own;
         switch (scoring->choice->way) {
@@ -62,12 +62,13 @@ static void prepare_queries(Scoring *scoring, int64_t head) {
     }
 }
 
-/* Candidates from this one on, as many as fit KEYS rows, and what is sent for. */
-static void find_candidates(Candidates *found, const Scoring *scoring, int64_t first) {
+/* Candidates from this one on, as many as fit KEYS rows, for one kv head or what is at once; and sends
+ * for them. */
+static void find_candidates(Candidates *found, const Scoring *scoring, int64_t first, int64_t head) {
     const KVCache *cache = &scoring->of->cache;
     const KVLayout *of = cache->layout;
     const int64_t count = least(KEYS / scoring->each, scoring->stop - first);
-    const int64_t head = scoring->head, labels = of->kv_heads * of->num_labels;
+    const int64_t labels = of->kv_heads * of->num_labels;
     const int64_t at = scoring->choice->first_candidate + first;
     const int64_t *pages = scoring->of->plan->pages + scoring->slice->first_page + at;
     if (count <= 0) return;
@@ -104,29 +105,29 @@ static void find_candidates(Candidates *found, const Scoring *scoring, int64_t f
     }
 }
 
-static void pack_labels(Scoring *scoring, const Tile *tile) {
+static void pack_labels(Scoring *scoring, const Tile *tile, int64_t first) {
     const KVReading *of = scoring->of;
     const KVLayout *layout = of->cache.layout;
     const int64_t num = layout->num_labels;
     const uint16_t *rows[KEYS];
     for (int64_t i = 0; i < KEYS; i++) {
-        const int64_t row = tile->places[i] * layout->kv_heads + scoring->head;
+        const int64_t row = tile->places[i] * layout->kv_heads + first;
         rows[i] = NOTHING;
         if (tile->pages[i])
             rows[i] = (const uint16_t *)(tile->pages[i] + layout->labels) + row * num;
         else if (tile->opened >> i & 1) {
             uint16_t *own = scoring->room + i * MOST_HEAD_DIM;
             rows[i] = own;
-            for (int64_t head = scoring->head; head < scoring->head + scoring->heads; head++) {
+            for (int64_t head = first; head < first + scoring->at_once; head++) {
                 const uint16_t *key = open_row(&of->cache, tile->slot, tile->places[i], 0, head);
                 for (int64_t k = 0; k < num; k++) *own++ = key[of->labels[head * num + k]];
             }
         }
     }
-    pack_keys(scoring->packed, rows, scoring->heads * num);
+    pack_keys(scoring->packed, rows, scoring->at_once * num);
 }
 
-static void pack_candidates(Scoring *scoring, const Candidates *found) {
+static void pack_candidates(Scoring *scoring, const Candidates *found, int64_t head) {
     const int64_t dim = scoring->of->cache.layout->head_dim;
     const uint16_t *rows[KEYS];
     switch (scoring->choice->way) {
@@ -135,19 +136,20 @@ static void pack_candidates(Scoring *scoring, const Candidates *found) {
         pack_keys(scoring->packed + dim / 2 * KEYS, found->rows[1], dim);
         return;
     case TOKENS_BY_LABELS:
-        pack_labels(scoring, &found->tile);
+        pack_labels(scoring, &found->tile, head);
         return;
     default:
-        load_rows(rows, scoring->room, &scoring->of->cache, KEY_SIDE, scoring->head, &found->tile);
+        load_rows(rows, scoring->room, &scoring->of->cache, KEY_SIDE, head, &found->tile);
         pack_keys(scoring->packed, rows, dim);
     }
 }
 
-/* The highest score of a kv head's queries, of so many candidates. */
-static void score_candidates(const Scoring *scoring, int64_t head, int32_t *to, int64_t count) {
+/* The highest score of a kv head's queries, of so many candidates; head `number` of what is packed. */
+static void score_candidates(const Scoring *scoring, int64_t head, int64_t number, int32_t *to,
+                             int64_t count) {
     const int64_t group = group_of(scoring->of), pairs = (scoring->numbers + 1) / 2;
-    const uint32_t *packed = scoring->packed + (head - scoring->head) * pairs * KEYS;
-    const uint16_t *const *queries = scoring->query_rows + (head - scoring->head) * group;
+    const uint32_t *packed = scoring->packed + number * pairs * KEYS;
+    const uint16_t *const *queries = scoring->query_rows + (head - scoring->first_head) * group;
     float scores[SCORE_ROWS][KEYS], best[KEYS];
     for (int64_t first = 0; first < group; first += SCORE_ROWS) {
         const int64_t rows = least(SCORE_ROWS, group - first);
@@ -187,25 +189,32 @@ static void score_item(const void *task, int64_t item) {
     scoring.numbers = by_labels                           ? labels
                       : choice->way == PAGES_BY_BOUNDS ? 2 * layout->head_dim
                                                        : layout->head_dim;
-    /* An odd number of labels would be paired with the next head's. */
-    const int64_t most = least(MOST_HEAD_DIM / (labels + 1), MOST_SCORES / group_of(of));
-    const int64_t at_once = by_labels && labels % 2 == 0 && most > 1 ? most : 1;
-    for (scoring.head = 0; scoring.head < layout->kv_heads; scoring.head += scoring.heads) {
-        scoring.heads = least(at_once, layout->kv_heads - scoring.head);
+    const int64_t most = MOST_SCORES / group_of(of), step = KEYS / scoring.each;
+    for (scoring.first_head = 0; scoring.first_head < layout->kv_heads;
+         scoring.first_head += scoring.heads) {
+        const int64_t first_head = scoring.first_head;
+        scoring.heads = least(most, layout->kv_heads - first_head);
+        /* An odd number of labels would be paired with the next head's. */
+        scoring.at_once = 1;
+        if (by_labels && labels % 2 == 0 && scoring.heads * labels <= MOST_HEAD_DIM)
+            scoring.at_once = scoring.heads;
+        for (int64_t k = 0; k < scoring.heads; k++) prepare_queries(&scoring, first_head + k);
         Candidates found[2];
         int64_t turn = 0;
-        find_candidates(found, &scoring, start);
-        for (int64_t k = 0; k < scoring.heads; k++) prepare_queries(&scoring, scoring.head + k);
-        for (int64_t i = start; i < scoring.stop; i += KEYS / scoring.each, turn ^= 1) {
-            find_candidates(found + (turn ^ 1), &scoring, i + KEYS / scoring.each);
-            pack_candidates(&scoring, found + turn);
-            for (int64_t k = 0; k < scoring.heads; k++) {
-                const int64_t head = scoring.head + k;
-                int32_t *scores = of->plan->scores + choice->scores + head * scores_of(choice);
-                score_candidates(&scoring, head, scores + i,
-                                 least(KEYS / scoring.each, scoring.stop - i));
+        find_candidates(found, &scoring, start, first_head);
+        for (int64_t i = start; i < scoring.stop; i += step)
+            for (int64_t k = 0; k < scoring.heads; k += scoring.at_once, turn ^= 1) {
+                const int64_t head = first_head + k, last = k + scoring.at_once == scoring.heads;
+                find_candidates(found + (turn ^ 1), &scoring, last ? i + step : i,
+                                last ? first_head : head + scoring.at_once);
+                pack_candidates(&scoring, found + turn, head);
+                for (int64_t n = 0; n < scoring.at_once; n++) {
+                    int32_t *scores =
+                        of->plan->scores + choice->scores + (head + n) * scores_of(choice);
+                    score_candidates(&scoring, head + n, n, scores + i,
+                                     least(step, scoring.stop - i));
+                }
             }
-        }
     }
 }
 

@@ -38,7 +38,8 @@ _SOURCES = (
 _DECODER_SOURCES = (
     "threads.c", "lanes.c", "products.c", "quantized.c", "layers.c", "attention.c", "pages.c",
     "shrink_expand.c", "step_adapters.c", "groups.c", "kv_formats.c", "kv_reading.c", "kv_select.c",
-    "kv_attend.c", "kv_store.c", "kv_notes.c", "kv_evict.c",
+    "kv_stream.c", "kv_attend.c", "kv_store.c", "kv_notes.c", "kv_evict.c", "kv_spread.c",
+    "kv_blocks.c", "kv_prompts.c",
 )  # fmt: skip
 _DELTAS = (
     "add_low_rank", "add_quantized_low_rank", "add_sparse", "add_columns", "add_rows",
@@ -48,7 +49,7 @@ _DECODER = (
     "multiply", "multiply_quantized", "pack", "rms_norm", "embed_positions", "silu_mul", "add",
     "gather", "store_kv", "attend", "write_pages", "add_group", "multiply_group", "argmax",
     "store_tokens", "note_tokens", "attend_kv", "clear_rows", "note_attention", "replace_token",
-    "replay",
+    "replay", "spread_heads", "attend_blocks",
 )  # fmt: skip
 # Sums may be taken in any order, or no loop of them becomes vectors. Not -ffast-math: a library
 # linked with it switches subnormal numbers off in the whole process when it is loaded.

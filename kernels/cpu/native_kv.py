@@ -10,22 +10,24 @@ from torch import Tensor
 
 from polydelta.kernels.cpu.native import Field, NativePool, Struct
 from polydelta.kernels.cpu.native_eviction import NativeEviction
+from polydelta.kernels.cpu.native_kv_blocks import prompts_struct
 from polydelta.kernels.cpu.native_kv_layout import layout_struct, takes_notes
 from polydelta.kernels.cpu.native_kv_plan import ReadingPlan, Workspace
 from polydelta.kernels.kv_attention import KVAttention, KVPlan, KVRound
 from polydelta.kernels.kv_memory import KVKind, KVMemory
+from polydelta.kernels.kv_rotation import part as part_of
 from polydelta.kernels.kv_selection import Quest, XAttention
 from polydelta.kernels.ops import SequenceSlice
 
 
 @dataclass(frozen=True, eq=False)
 class NativeRound(KVRound):
-    # What torch reads.
-    others: Sequence[SequenceSlice]
     # `KVStored` and `KVPlan` of the C files; the last one for layers in which Quest reads all.
     stored: Struct
     read: Struct
     read_dense: Struct
+    # `KVPrompts`; None where no prompt chooses blocks.
+    prompts: Struct | None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,7 +47,7 @@ class NativeKVPlan(KVPlan):
 
 
 class NativeKVAttention(KVAttention):
-    """Whole pages are encoded by torch, which also chooses blocks of prompts."""
+    """Whole pages are encoded by torch."""
 
     def __init__(self, kind: KVKind, pool: NativePool, threads: int) -> None:
         """kind: one that `native_kv_layout.takes`."""
@@ -60,7 +62,7 @@ class NativeKVAttention(KVAttention):
     def plan(self, slices: Sequence[SequenceSlice]) -> NativeKVPlan:
         plan = super().plan(slices)
         rounds = [self._native(each) for each in plan.rounds]
-        alone = [each for part in rounds for each in (*plan.evicting, *part.others)]
+        alone = plan.evicting or any(each.prompts for each in rounds)
         encoded = any(len(each.closing) for each in rounds) and self.kind.format.by_page
         recordable = len(rounds) == 1 and not alone and not encoded
         return NativeKVPlan(
@@ -73,6 +75,17 @@ class NativeKVAttention(KVAttention):
         size = queries.shape[1] * queries.shape[2]
         self._pool.call("clear_rows", out, size, size, plan.idle)
         return out
+
+    def rotated(self, heads: Tensor) -> Tensor:
+        if not self.kind.format.rotates_keys:
+            return heads
+        count, size = heads.shape[1:]
+        spread = self._pool.empty(*heads.shape)
+        stride = heads.stride(0)
+        self._pool.call(
+            "spread_heads", spread, heads, stride, len(heads), count, size, part_of(size)
+        )
+        return spread
 
     def store(self, part: KVRound, memory: KVMemory, keys: Tensor, values: Tensor) -> None:
         assert isinstance(part, NativeRound)
@@ -92,25 +105,15 @@ class NativeKVAttention(KVAttention):
     ) -> None:
         assert isinstance(part, NativeRound)
         plan = part.read_dense if layer < Quest.dense_layers else part.read
-        strides = out.stride(0), queries.stride(0)
-        self._pool.call(
-            "attend_kv",
-            *self._cache(memory),
-            plan,
-            out,
-            strides[0],
-            queries,
-            strides[1],
-            self._labels(layer),
-        )
-        if part.others:
-            others = KVRound(part.others, part.rows, part.places, part.closing, part.closing_slots)
-            super().read(others, layer, memory, queries, out)
+        cache, rows = self._cache(memory), (out, out.stride(0), queries, queries.stride(0))
+        self._pool.call("attend_kv", *cache, plan, *rows, self._labels(layer))
+        if part.prompts is not None:
+            self._pool.call("attend_blocks", *cache, part.prompts, *rows)
 
     def _native(self, part: KVRound) -> NativeRound:
-        others = [each for each in part.slices if self._is_torchs(each)]
-        ours = [each for each in part.slices if not self._is_torchs(each)]
-        reading = ReadingPlan(self.kind, ours, self._threads)
+        prompts = [each for each in part.slices if self._chooses_blocks(each)]
+        others = [each for each in part.slices if not self._chooses_blocks(each)]
+        reading = ReadingPlan(self.kind, others, self._threads)
         stored = Struct((len(part.rows), part.rows, part.places, len(part.closing), part.closing))
         return NativeRound(
             part.slices,
@@ -118,12 +121,12 @@ class NativeKVAttention(KVAttention):
             part.places,
             part.closing,
             part.closing_slots,
-            others,
             stored,
             *reading.structs(self._workspace),
+            prompts_struct(self.kind, prompts, self._workspace),
         )
 
-    def _is_torchs(self, part: SequenceSlice) -> bool:
+    def _chooses_blocks(self, part: SequenceSlice) -> bool:
         return isinstance(part.selection, XAttention) and self.kind.shape.window is None
 
     def _cache(self, memory: KVMemory) -> tuple[Field, ...]:

@@ -16,7 +16,9 @@ from polydelta.kernels.kv_selection import DoubleSparsity, InfLLM, Quest, Window
 from polydelta.kernels.ops import SequenceSlice
 
 # As in the C files: tokens of a tile, of a part, and candidates that are scored in one go.
-_TILE, _PART, _CANDIDATES = 32, 512, 256
+_TILE, _PART, _CANDIDATES = 32, 256, 256
+# Lists of tokens that a thread goes through together.
+_MOST_LISTS = 8
 _BOUNDS, _LABELS, _REPRESENTATIVES = 1, 2, 3
 # Items for each thread, so that none waits long for the last one.
 _ITEMS = 4
@@ -81,7 +83,7 @@ class ReadingPlan:
             for part, choice in zip(self._slices, choices, strict=True)
         ]
         wanted = _ITEMS * self._threads
-        together = sum(parts) >= wanted and shape.num_heads <= MOST_SCORES
+        enough = 2 * sum(parts) >= wanted and shape.num_heads <= MOST_SCORES
         padded = -(-shape.head_dim // _TILE) * _TILE
         at_once_if_one = max(1, sum(parts) // wanted)
         rows: list[int] = []
@@ -89,7 +91,10 @@ class ReadingPlan:
         chosen: list[int] = []
         items = sums = counters = listed = scores = scoring = 0
         for number, (part, choice) in enumerate(zip(self._slices, choices, strict=True)):
-            heads = shape.num_kv_heads if together and not choice and parts[number] else 1
+            together = enough and bool(parts[number])
+            if choice and shape.num_kv_heads > _MOST_LISTS:
+                together = False
+            heads = shape.num_kv_heads if together else 1
             at_once = min(at_once_if_one, parts[number])
             sinks, recent = _window(part)
             tokens = choice.listed if choice else 0

@@ -33,6 +33,9 @@ class KVFormat(Protocol):
     # a buffer outside of the pool. Otherwise each token is encoded at once, by itself: then the
     # first axis of each section is the page's tokens.
     by_page: bool
+    # Whether keys, and queries with them, are rotated before anything is done with them
+    # (`kv_rotation.py`).
+    rotates_keys: bool
 
     def sections(self, tokens: int, shape: KVShape) -> Sequence[Section]:
         """Of a page with so many tokens. Raises ValueError for a shape that it cannot store."""

@@ -26,6 +26,7 @@ class Gear:
 
     name = "gear"
     by_page = True
+    rotates_keys = False
     bits = 2
 
     def sections(self, tokens: int, shape: KVShape) -> Sequence[Section]:

@@ -21,6 +21,8 @@ class Int4(PerToken):
     # So that the newest tokens, which matter most, are as they were computed: the default model's
     # perplexity rises by 2.6 %, and by 13.5 % where each token is encoded at once.
     by_page = True
+    # 0.7 % with it, by the same text.
+    rotates_keys = True
 
     def _sections(self, tokens: int, shape: KVShape) -> Sequence[Section]:
         if shape.head_dim % 2:

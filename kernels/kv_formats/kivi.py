@@ -22,6 +22,7 @@ class Kivi:
     tokens, which the authors keep whole (32 to 128 of them), are the page that is not full yet."""
 
     by_page = True
+    rotates_keys = False
 
     def __init__(self, bits: int) -> None:
         """bits: 2 or 4, of each number."""

@@ -15,6 +15,7 @@ class Native:
 
     name = "native"
     by_page = False
+    rotates_keys = False
 
     def sections(self, tokens: int, shape: KVShape) -> Sequence[Section]:
         size = (tokens, shape.num_kv_heads, shape.head_dim)

@@ -17,6 +17,7 @@ class PerToken(ABC):
 
     name: str
     by_page = False
+    rotates_keys = False
 
     def sections(self, tokens: int, shape: KVShape) -> Sequence[Section]:
         one = self._sections(tokens, shape)

@@ -15,6 +15,7 @@ from polydelta.kernels.kv_attention import KVAttention
 from polydelta.kernels.kv_formats.by_name import FORMATS
 from polydelta.kernels.kv_formats.format import KVShape
 from polydelta.kernels.kv_memory import KVKind, KVMemory
+from polydelta.kernels.kv_rotation import rotated
 from polydelta.kernels.kv_sections import page_layout_for
 from polydelta.kernels.kv_selection import FULL, DoubleSparsity, Selection
 from polydelta.kernels.ops import AttentionShape, SequenceSlice
@@ -177,11 +178,16 @@ class KVTrial:
             self.memory.pages[page] = 255
             self.pages[number][block] = in_pool + place
 
+    def turned(self, heads: Tensor) -> Tensor:
+        """Queries or keys as the format has them, `[n, heads, head_dim]`."""
+        return rotated(heads) if self.kind.format.rotates_keys else heads
+
     def stored(self, number: int, position: int) -> tuple[Tensor, Tensor]:
         """Keys and values up to a position as its query finds them, `[n, kv_heads, head_dim]`
         float64 each: encoded with the others of their page, or each by itself. By page, those of
         the query's own page are as they came."""
-        sides = [each[number][: position + 1].clone() for each in (self.keys, self.values)]
+        keys, values = (each[number][: position + 1] for each in (self.keys, self.values))
+        sides = [self.turned(keys).clone(), values.clone()]
         done = position // self.size * self.size if self.kind.format.by_page else position + 1
         size = self.size if self.kind.format.by_page else 1
         paged = (each[:done].unflatten(0, (-1, size)) for each in sides)
@@ -198,7 +204,7 @@ class KVTrial:
         keys, values = self.stored(number, position)
         group = self.kind.shape.num_heads // self.kind.shape.num_kv_heads
         out = []
-        for head, query in enumerate(self.queries[number][position].double()):
+        for head, query in enumerate(self.turned(self.queries[number])[position].double()):
             mine = reads[head // group]
             scores = keys[mine, head // group] @ query / math.sqrt(len(query))
             out.append(scores.softmax(0) @ values[mine, head // group])

@@ -257,7 +257,7 @@ def test_a_prompt_of_which_all_stays_is_read_as_it_is(
     assert torch.equal(plain, evicting)
 
 
-@pytest.mark.parametrize("format", ["int4", "fp8", "mustafar-50", "kivi-4", "kivi-2", "gear"])
+@pytest.mark.parametrize("format", ["fp8", "mustafar-50", "kivi-4", "kivi-2", "gear"])
 @pytest.mark.parametrize("capacity", [33, 48])
 def test_pages_of_what_stays_are_encoded_anew_and_the_last_is_open(
     kv_trial: Trial, near: Near, format: str, capacity: int

@@ -37,7 +37,9 @@ def chosen(trial: Any, number: int, position: int, head: int, selection: Selecti
     """The definition: the positions that a kv head reads."""
     size, own = trial.size, position // trial.size
     group = trial.kind.shape.num_heads // trial.kind.shape.num_kv_heads
-    queries = trial.queries[number][position, head * group : (head + 1) * group].double()
+    queries = trial.turned(trial.queries[number])[
+        position, head * group : (head + 1) * group
+    ].double()
     keys = trial.stored(number, position)[0][:, head]
     pages = [range(first, first + size) for first in range(0, own * size, size)]
     match selection:
@@ -149,7 +151,7 @@ def test_many_equal_scores_leave_the_first_ones(kv_trial: Trial) -> None:
     trial.keys[0][:] = 1
     trial.step([(0, 0, 300, FULL)])
     part = SequenceSlice(0, 1, 300, trial.pages[0], DoubleSparsity(9), 0)
-    reads = select(trial.kind, 2, trial.memory, part, trial.queries[0][-1:])
+    reads = select(trial.kind, 2, trial.memory, part, trial.turned(trial.queries[0][-1:]))
     assert reads is not None
     assert reads.tolist() == [[*range(8), 299]] * 2
 
@@ -248,7 +250,7 @@ def test_a_choice_is_ascending_and_has_the_querys_own_token(
     trial = kv_trial(format, [77], selection, page_tokens=3)
     trial.step([(0, 0, 77, FULL)])
     part = SequenceSlice(0, 1, 77, trial.pages[0], selection, 0)
-    reads = select(trial.kind, trial.layer, trial.memory, part, trial.queries[0][-1:])
+    reads = select(trial.kind, trial.layer, trial.memory, part, trial.turned(trial.queries[0][-1:]))
     assert reads is not None
     assert reads.dtype == torch.int64
     assert (reads.diff(dim=1) > 0).all()
