@@ -17,7 +17,8 @@ def rotated(heads: Tensor) -> Tensor:
     the largest power of two that divides head_dim; twice, it is as it was but for rounding."""
     matrix = hadamard(part(heads.shape[-1])).to(heads.device)
     # In float64 a row is rounded alike whoever is multiplied with it.
-    return (heads.double().unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2).to(heads.dtype)
+    turned: Tensor = heads.double().unflatten(-1, (-1, len(matrix))) @ matrix
+    return turned.flatten(-2).to(heads.dtype)
 
 
 def part(head_dim: int) -> int:
@@ -31,4 +32,4 @@ def hadamard(size: int) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix / size**0.5
+    return matrix.div_(size**0.5)

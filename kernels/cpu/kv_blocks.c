@@ -1,6 +1,6 @@
 /* Which blocks of keys a block of a prompt's queries reads, as `kv_prefill.block_mask`: those that
- * receive most of its attention, by products along the antidiagonals of tiles of `stride` queries and
- * as many keys (arXiv:2503.16428).
+ * receive most of its attention, by products along the antidiagonals of tiles of `stride` queries
+ * and as many keys (arXiv:2503.16428).
  */
 enum { BLOCK_TOKENS = 128, BLOCK_TILES = BLOCK_TOKENS / KEYS };
 
@@ -41,7 +41,9 @@ typedef struct {
     KVSlice slice;
 } QueryBlock;
 
-static inline int64_t blocks_in(int64_t tokens) { return (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS; }
+static inline int64_t blocks_in(int64_t tokens) {
+    return (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+}
 
 /* The last blocks first: they read most. */
 static void begin_block(QueryBlock *in, const KVBlocks *of, int64_t item) {
@@ -96,6 +98,26 @@ static inline const uint16_t *tile_query(const TileRows *rows, int64_t row, int6
     return query_at(rows->block, query, rows->first_head + row / rows->tiles);
 }
 
+/* A token of each of KEYS tiles, as `find_tokens` for what `load_rows` wants; divided only once. */
+static void find_column(Tile *tile, const QueryBlock *in, int64_t token) {
+    const KVCache *cache = &in->of->cache;
+    const KVPrompt *prompt = in->prompt;
+    const int64_t size = cache->layout->block_size;
+    const int64_t own = cache->layout->by_page ? (prompt->context - 1) / size : -1;
+    const int64_t *pages = in->of->plan->pages + prompt->first_page;
+    int64_t page = token / size, place = token % size;
+    tile->opened = 0;
+    tile->slot = prompt->slot;
+    for (int64_t i = 0; i < KEYS; i++) {
+        const int there = token < prompt->context;
+        tile->opened |= (uint32_t)(there && page == own) << i;
+        tile->pages[i] = there && page != own ? page_at(cache, pages[page]) : NULL;
+        tile->places[i] = place;
+        token += prompt->stride;
+        for (place += prompt->stride; place >= size; page++) place -= size;
+    }
+}
+
 /* Scores of so many tiles of keys, from one on. Of a tile the last query meets the first key. */
 static void score_tiles(TileRows *rows, int64_t first) {
     const QueryBlock *in = rows->block;
@@ -103,19 +125,13 @@ static void score_tiles(TileRows *rows, int64_t first) {
     memset(rows->scores, 0, rows->count * sizeof *rows->scores);
     for (int64_t place = 0; place < stride; place++) {
         Tile tile;
-        int32_t tokens[KEYS];
-        int64_t count = 0;
-        for (int64_t i = 0; i < KEYS; i++) {
-            tokens[i] = (first + i) * stride + place;
-            count += tokens[i] < in->prompt->context;
-        }
-        find_tokens(&tile, &in->reading, &in->slice, tokens, 0, count);
+        find_column(&tile, in, first * stride + place);
         pack_tile(rows->keys, rows->room, in, rows->kv_head, &tile);
         for (int64_t r = 0; r < rows->count; r += SCORE_ROWS) {
             const uint16_t *queries[SCORE_ROWS];
-            const int64_t some = least(SCORE_ROWS, rows->count - r);
+            const int64_t some = least(SCORE_ROWS, rows->count - r), last = stride - 1 - place;
             for (int64_t i = 0; i < SCORE_ROWS; i++)
-                queries[i] = i < some ? tile_query(rows, rows->top + r + i, stride - 1 - place) : NOTHING;
+                queries[i] = i < some ? tile_query(rows, rows->top + r + i, last) : NOTHING;
             __m512 sums[SCORE_ROWS][2];
             for (int64_t i = 0; i < SCORE_ROWS; i++)
                 for (int half = 0; half < 2; half++)

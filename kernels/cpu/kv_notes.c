@@ -7,17 +7,16 @@ typedef struct {
     const int64_t *labels; /* channels, [kv_heads, num_labels] */
 } KVNoting;
 
-static void note_labels(const KVNoting *of, int64_t number, int64_t head) {
+static void note_labels(const KVNoting *of, char *page, int64_t place, int64_t head) {
     const KVLayout *layout = of->cache.layout;
-    const int64_t at = of->stored->places[number], count = layout->num_labels;
+    const int64_t count = layout->num_labels;
     Tile tile = {.tokens = {0}};
-    tile.pages[0] = page_at(&of->cache, at / layout->block_size);
-    tile.places[0] = at % layout->block_size;
+    tile.pages[0] = page;
+    tile.places[0] = place;
     const uint16_t *rows[KEYS];
     uint16_t room[KEYS * MOST_HEAD_DIM];
     load_rows(rows, room, &of->cache, KEY_SIDE, head, &tile);
-    const int64_t row = tile.places[0] * layout->kv_heads + head;
-    uint16_t *to = (uint16_t *)(tile.pages[0] + layout->labels) + row * count;
+    uint16_t *to = (uint16_t *)(page + layout->labels) + (place * layout->kv_heads + head) * count;
     for (int64_t i = 0; i < count; i++) to[i] = rows[0][of->labels[head * count + i]];
 }
 
@@ -90,20 +89,29 @@ static void note_representatives(const KVCache *cache, char *page, int64_t head)
     for (int64_t i = 0; i < count; i++) memcpy(places + 2 * i, order + i % known, sizeof *order);
 }
 
-static void note_item(const void *task, int64_t item) {
+static void note_row_item(const void *task, int64_t item) {
     const KVNoting *of = task;
     const KVLayout *layout = of->cache.layout;
-    const int64_t number = item / layout->kv_heads, head = item % layout->kv_heads;
-    if (layout->labels >= 0) {
-        note_labels(of, number, head);
-        return;
-    }
-    char *page = page_at(&of->cache, of->stored->closing[number]);
+    const int64_t at = of->stored->places[item / layout->kv_heads];
+    char *page = page_at(&of->cache, at / layout->block_size);
+    note_labels(of, page, at % layout->block_size, item % layout->kv_heads);
+}
+
+static void note_page_item(const void *task, int64_t item) {
+    const KVNoting *of = task;
+    const KVLayout *layout = of->cache.layout;
+    const int64_t head = item % layout->kv_heads;
+    char *page = page_at(&of->cache, of->stored->closing[item / layout->kv_heads]);
+    if (layout->labels >= 0 && layout->by_page)
+        for (int64_t place = 0; place < layout->block_size; place++)
+            note_labels(of, page, place, head);
     if (layout->most >= 0) note_bounds(&of->cache, page, head);
     if (layout->representatives >= 0) note_representatives(&of->cache, page, head);
 }
 
 void polydelta_note_tokens(Pool *pool, const KVNoting *of) {
-    const int64_t each = of->cache.layout->labels >= 0 ? of->stored->count : of->stored->num_closing;
-    share(pool, note_item, of, each * of->cache.layout->kv_heads);
+    const KVLayout *layout = of->cache.layout;
+    if (layout->labels >= 0 && !layout->by_page)
+        share(pool, note_row_item, of, of->stored->count * layout->kv_heads);
+    share(pool, note_page_item, of, of->stored->num_closing * layout->kv_heads);
 }

@@ -1,5 +1,6 @@
-/* Attention of a prompt's queries to the blocks of keys that they choose. A block's queries are enough
- * rows for keys to be laid out for each head by itself, whose choice is its own. */
+/* Attention of a prompt's queries to the blocks of keys that they choose. A block's queries are
+ * enough rows for keys to be laid out for each head by itself, whose choice is its own.
+ */
 
 /* What a thread needs to let the queries of one head read blocks. */
 typedef struct {
@@ -26,7 +27,7 @@ static void pack_block(BlockRoom *room, const QueryBlock *in, int64_t kv_head, i
     }
 }
 
-/* As `soften`, for one of SCORE_ROWS rows and the first so many tokens of a block, in some tiles. */
+/* As `soften`, for one of SCORE_ROWS rows and a block's first tokens, so many, in some tiles. */
 static inline float soften_block(BlockRoom *room, int64_t place, int64_t seen, int64_t tiles,
                                  float scale, float *highest, __m512 *total) {
     const __m512 none = _mm512_set1_ps(-__builtin_inff()), by = _mm512_set1_ps(scale);

@@ -67,7 +67,8 @@ static void find_tokens(Tile *tile, const KVReading *of, const KVSlice *slice, c
         const int64_t token = list ? list[i] : first + i, block = token / size;
         const int64_t place = token - block * size;
         run = least(count - i, size - place);
-        while (list && list[i + run - 1] != token + run - 1) run--;
+        if (list && list[i + run - 1] != token + run - 1)
+            for (run = 1; list[i + run] == token + run;) run++;
         const char *page = block == own ? NULL : page_at(cache, pages[block]);
         if (block == own) tile->opened |= (uint32_t)(((uint64_t)1 << run) - 1) << i;
         const int known = page || block == own; /* else it was given back: nobody reads it */

@@ -79,8 +79,6 @@ static void find_candidates(Candidates *found, const Scoring *scoring, int64_t f
             for (int64_t side = 0; side < 2; side++) {
                 const int64_t bounds = (side ? of->least : of->most) + 2 * head * of->head_dim;
                 found->rows[side][i] = page ? (const uint16_t *)(page + bounds) : NOTHING;
-                for (int64_t k = 0; k < of->head_dim && page; k += 32)
-                    _mm_prefetch(found->rows[side][i] + k, _MM_HINT_T0);
             }
         }
         return;
@@ -102,6 +100,20 @@ static void find_candidates(Candidates *found, const Scoring *scoring, int64_t f
             found->tile.places[i] = place;
         }
         send_for(cache, KEY_SIDE, VALUE_SIDE, head, &found->tile, 0, KEYS);
+    }
+}
+
+/* Sends for the bounds of pages first : stop, of all kv heads, line after line. */
+static void send_for_bounds(const Scoring *scoring, int64_t first, int64_t stop) {
+    const KVCache *cache = &scoring->of->cache;
+    const KVLayout *of = cache->layout;
+    const int64_t *pages = scoring->of->plan->pages + scoring->slice->first_page;
+    for (int64_t i = first; i < least(stop, scoring->stop); i++) {
+        const char *page = page_at(cache, pages[scoring->choice->first_candidate + i]);
+        for (int64_t at = 0; at < 2 * of->kv_heads * of->head_dim && page; at += 64) {
+            _mm_prefetch(page + of->least + at, _MM_HINT_T0);
+            _mm_prefetch(page + of->most + at, _MM_HINT_T0);
+        }
     }
 }
 
@@ -207,6 +219,9 @@ static void score_item(const void *task, int64_t item) {
                 const int64_t head = first_head + k, last = k + scoring.at_once == scoring.heads;
                 find_candidates(found + (turn ^ 1), &scoring, last ? i + step : i,
                                 last ? first_head : head + scoring.at_once);
+                if (choice->way == PAGES_BY_BOUNDS)
+                    send_for_bounds(&scoring, i + step + step * k / scoring.heads,
+                                    i + step + step * (k + 1) / scoring.heads);
                 pack_candidates(&scoring, found + turn, head);
                 for (int64_t n = 0; n < scoring.at_once; n++) {
                     int32_t *scores =

@@ -136,7 +136,7 @@ typedef struct {
     int64_t count;
     const int64_t *rows, *places;
     int64_t num_closing;
-    const int64_t *closing;
+    const int64_t *closing, *closing_slots;
 } KVStored;
 
 typedef struct {
@@ -170,4 +170,27 @@ static void store_kv_item(const void *task, int64_t item) {
 
 void polydelta_store_tokens(Pool *pool, const KVStoring *of) {
     share(pool, store_kv_item, of, row_items(of->stored->count));
+}
+
+typedef struct {
+    KVCache cache;
+    const KVStored *stored;
+} KVEncoding;
+
+/* One head of a page that is full, from where its tokens are native. */
+static void encode_page_item(const void *task, int64_t item) {
+    const KVEncoding *of = task;
+    const KVLayout *layout = of->cache.layout;
+    const int64_t number = item / layout->kv_heads, head = item % layout->kv_heads;
+    const char *page = page_at(&of->cache, of->stored->closing[number]);
+    for (int64_t side = 0; side < SIDES; side++)
+        for (int64_t place = 0; place < layout->block_size; place++) {
+            const RowAt to = {layout, layout->sides + side, page, place, head};
+            const int64_t slot = of->stored->closing_slots[number];
+            encode_row(&to, open_row(&of->cache, slot, place, side, head));
+        }
+}
+
+void polydelta_encode_pages(Pool *pool, const KVEncoding *of) {
+    share(pool, encode_page_item, of, of->stored->num_closing * of->cache.layout->kv_heads);
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from polydelta.kernels.cpu.native import Field, NativePool, Struct
 from polydelta.kernels.cpu.native_eviction import NativeEviction
 from polydelta.kernels.cpu.native_kv_blocks import prompts_struct
-from polydelta.kernels.cpu.native_kv_layout import layout_struct, takes_notes
+from polydelta.kernels.cpu.native_kv_layout import encodes_rows, layout_struct, takes_notes
 from polydelta.kernels.cpu.native_kv_plan import ReadingPlan, Workspace
 from polydelta.kernels.kv_attention import KVAttention, KVPlan, KVRound
 from polydelta.kernels.kv_memory import KVKind, KVMemory
@@ -47,7 +47,7 @@ class NativeKVPlan(KVPlan):
 
 
 class NativeKVAttention(KVAttention):
-    """Whole pages are encoded by torch."""
+    """Formats in which tokens of a page depend on one another are encoded by torch."""
 
     def __init__(self, kind: KVKind, pool: NativePool, threads: int) -> None:
         """kind: one that `native_kv_layout.takes`."""
@@ -55,6 +55,7 @@ class NativeKVAttention(KVAttention):
         self._pool = pool
         self._threads = threads
         self._layout = layout_struct(kind)
+        self._encodes = encodes_rows(kind)
         self._takes_notes = takes_notes(kind.layout)
         self._workspace = Workspace()
         self._eviction = NativeEviction(kind, pool, self._cache)
@@ -63,8 +64,8 @@ class NativeKVAttention(KVAttention):
         plan = super().plan(slices)
         rounds = [self._native(each) for each in plan.rounds]
         alone = plan.evicting or any(each.prompts for each in rounds)
-        encoded = any(len(each.closing) for each in rounds) and self.kind.format.by_page
-        recordable = len(rounds) == 1 and not alone and not encoded
+        closing = any(len(each.closing) for each in rounds)
+        recordable = len(rounds) == 1 and not alone and (self._encodes or not closing)
         return NativeKVPlan(
             rounds=rounds, evicting=plan.evicting, idle=_idle(slices), recordable=recordable
         )
@@ -95,10 +96,14 @@ class NativeKVAttention(KVAttention):
 
     def close(self, part: KVRound, layer: int, memory: KVMemory) -> None:
         assert isinstance(part, NativeRound)
-        if self.kind.format.by_page:
+        if not self._encodes:
             super().close(part, layer, memory)
-        elif self._takes_notes:
-            self._pool.call("note_tokens", *self._cache(memory), part.stored, self._labels(layer))
+            return
+        cache = self._cache(memory)
+        if self.kind.format.by_page:
+            self._pool.call("encode_pages", *cache, part.stored)
+        if self._takes_notes:
+            self._pool.call("note_tokens", *cache, part.stored, self._labels(layer))
 
     def read(
         self, part: KVRound, layer: int, memory: KVMemory, queries: Tensor, out: Tensor
@@ -114,7 +119,8 @@ class NativeKVAttention(KVAttention):
         prompts = [each for each in part.slices if self._chooses_blocks(each)]
         others = [each for each in part.slices if not self._chooses_blocks(each)]
         reading = ReadingPlan(self.kind, others, self._threads)
-        stored = Struct((len(part.rows), part.rows, part.places, len(part.closing), part.closing))
+        closing = (len(part.closing), part.closing, part.closing_slots)
+        stored = Struct((len(part.rows), part.rows, part.places, *closing))
         return NativeRound(
             part.slices,
             part.rows,

@@ -17,8 +17,8 @@ from polydelta.kernels.ops import SequenceSlice
 def prompts_struct(
     kind: KVKind, slices: Sequence[SequenceSlice], workspace: Workspace
 ) -> Struct | None:
-    """`KVPrompts`; None where there are none. slices: with XAttention each. Raises ValueError for one
-    that begins inside of a block."""
+    """`KVPrompts`; None where there are none. slices: with XAttention each. Raises ValueError for
+    one that begins inside of a block."""
     if not slices:
         return None
     rows: list[int] = []

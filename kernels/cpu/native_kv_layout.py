@@ -33,6 +33,11 @@ def takes(kind: KVKind) -> bool:
     )
 
 
+def encodes_rows(kind: KVKind) -> bool:
+    """Whether each token is encoded by itself, if only with its page: the C files do that."""
+    return not isinstance(kind.format, Kivi | Gear)
+
+
 def takes_notes(layout: PageLayout) -> bool:
     """Whether pages note anything of their keys."""
     return any(layout.has(name) for name in ("labels", "key_least", "representatives"))

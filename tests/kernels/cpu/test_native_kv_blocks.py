@@ -26,7 +26,7 @@ Near = Callable[[Tensor, Tensor, torch.dtype], None]
 BLOCK = 128
 # Sums of one choice by us and by torch differ by less: those that are nearer to the threshold may
 # be decided otherwise.
-ROUNDING = 1e-4
+ROUNDING = 2e-3
 
 
 @pytest.fixture(scope="module", params=[1, 3])
@@ -99,19 +99,22 @@ def assert_chosen(trial: Any, number: int, selection: XAttention, chosen: Tensor
     """All that torch chooses, but for blocks that are as good as others, or as none."""
     scores = _block_scores(*asked(trial, number, selection))
     wanted = block_mask(*asked(trial, number, selection))
-    for head, own in (wanted != chosen).any(-1).nonzero().tolist():
+    differ = (wanted != chosen).any(-1)
+    assert differ.sum() <= 0.02 * differ.numel()
+    for head, own in differ.nonzero().tolist():
         row = scores[head, own]
-        few, many = sorted((chosen[head, own], wanted[head, own]), key=lambda each: int(each.sum()))
-        missing = selection.threshold * row.sum() - row[few].sum()
-        same = few.sum() == many.sum() and (row[few].sum() - row[many].sum()).abs()
-        assert same is not False and same < ROUNDING or abs(missing) < ROUNDING, (head, own)
+        missing = [
+            selection.threshold * row.sum() - row[each[head, own]].sum()
+            for each in (wanted, chosen)
+        ]
+        assert abs(missing[0] - missing[1]) < ROUNDING or max(missing).abs() < ROUNDING, (head, own)
 
 
-CASES = [(8, 0.9, 1300), (16, 0.5, 640), (128, 0.7, 1027), (4, 0.1, 520), (2, 0.8, 300)]
+CASES = [(8, 0.9, 1300), (16, 0.5, 640), (128, 0.7, 1027), (4, 0.1, 520), (1, 0.4, 600)]
 
 
 @pytest.mark.parametrize("format", ["native", "int8"])
-@pytest.mark.parametrize("shape", [(3, 1, 16), (9, 3, 64), (4, 4, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1, 16), (9, 3, 64), (4, 4, 40), (33, 1, 12)], ids=str)
 @pytest.mark.parametrize(("stride", "threshold", "length"), CASES)
 def test_blocks_are_chosen_as_torch_does(
     trial: Trial,
@@ -127,4 +130,84 @@ def test_blocks_are_chosen_as_torch_does(
     name_blocks(ours)
     chosen = read_blocks(run(ours, 0, selection, [length]))
     assert_chosen(ours, 0, selection, chosen)
-    assert chosen.sum() < chosen.tril().numel() and not chosen.triu(1).any()
+    assert not chosen.triu(1).any()
+    assert not torch.equal(chosen, torch.ones_like(chosen).tril())
+
+
+@pytest.mark.parametrize("format", ["native", "int8"])
+@pytest.mark.parametrize("shape", [(3, 1, 16), (9, 3, 64), (5, 5, 40), (2, 1, 256)], ids=str)
+@pytest.mark.parametrize("length", [1, 5, 128, 129, 387, 516, 901])
+def test_queries_attend_to_what_they_choose(
+    trial: Trial, near: Near, format: str, shape: tuple[int, int, int], length: int
+) -> None:
+    heads, kv_heads, head_dim = shape
+    selection = XAttention(8, 0.6)
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_tokens": 7}
+    named = trial(format, [length], **sizes)
+    name_blocks(named)
+    wanted = read_blocks(run(named, 0, selection, [length]))
+    ours = trial(format, [length], **sizes)
+    near(run(ours, 0, selection, [length]), attended(ours, 0, wanted), torch.bfloat16)
+
+
+@pytest.mark.parametrize("ends", [[128, 256, 512, 700], [384, 700], [640, 700]], ids=str)
+@pytest.mark.parametrize("format", ["native", "int8"])
+def test_how_a_prompt_is_cut_changes_no_bit(trial: Trial, format: str, ends: list[int]) -> None:
+    selection = XAttention(16, 0.7)
+    ours = trial(format, [700], heads=6, kv_heads=2, head_dim=24)
+    whole = run(ours, 0, selection, [700])
+    assert torch.equal(run(ours, 0, selection, ends), whole)
+
+
+@pytest.mark.parametrize("format", ["native", "int8"])
+def test_a_threshold_of_one_is_full_attention(trial: Trial, near: Near, format: str) -> None:
+    # So sharp that most blocks get nothing that can be told from 0.
+    ours = trial(format, [450], 300.0, heads=4, kv_heads=2, head_dim=16)
+    full = run(ours, 0, FULL, [128, 450])
+    near(run(ours, 0, XAttention(8, 1.0), [128, 450]), full, torch.bfloat16)
+    mild = trial(format, [450], 1.0, heads=4, kv_heads=2, head_dim=16)
+    name_blocks(mild)
+    chosen = read_blocks(run(mild, 0, XAttention(8, 1.0), [128, 450]))
+    assert torch.equal(chosen, torch.ones_like(chosen).tril())
+
+
+def test_block_zero_and_the_queries_own_are_read_in_any_case(trial: Trial) -> None:
+    ours = trial("native", [900], 1.0, heads=2, kv_heads=1, head_dim=8)
+    name_blocks(ours)
+    chosen = read_blocks(run(ours, 0, XAttention(8, 1e-9), [256, 900]))
+    only = torch.eye(8, dtype=torch.bool)
+    only[:, 0] = True
+    assert torch.equal(chosen, only.expand(2, -1, -1))
+
+
+def test_prompts_and_others_share_a_step(trial: Trial, near: Near) -> None:
+    narrow, wide, window = XAttention(32, 0.5), XAttention(8, 0.95), Window(4, 30)
+    ours = trial("int8", [300, 40, 460, 90], heads=4, kv_heads=2, head_dim=8)
+    early = [(1, 0, 39, FULL), (0, 0, 256, FULL), (2, 0, 128, FULL), (3, 0, 80, FULL)]
+    parts = [(3, 80, 90, window), (0, 256, 300, narrow), (1, 39, 40, FULL), (2, 128, 460, wide)]
+    ours.step(early)
+    together = ours.step(parts)
+    for part, out in zip(parts, together, strict=True):
+        assert torch.equal(ours.step([part])[0], out)
+    full = torch.ones(4, 1, 1, dtype=torch.bool)
+    near(together[2], attended(ours, 1, full)[39:], torch.bfloat16)
+
+
+def test_a_layer_with_a_window_reads_its_window(trial: Trial) -> None:
+    ours = trial("native", [300], window=50)
+    full = run(ours, 0, FULL, [300])
+    assert torch.equal(run(ours, 0, XAttention(8, 0.1), [300]), full)
+
+
+def test_a_prompt_that_goes_on_inside_of_a_block_is_refused(trial: Trial) -> None:
+    ours = trial("native", [300])
+    ours.step([(0, 0, 130, FULL)])
+    with pytest.raises(ValueError, match="cannot begin at position 130"):
+        ours.step([(0, 130, 300, XAttention())])
+
+
+def test_such_a_step_is_not_recorded(trial: Trial) -> None:
+    ours = trial("native", [256])
+    of = {"start": 0, "length": 128, "context": 128, "pages": ours.pages[0]}
+    assert ours.attention.plan([SequenceSlice(**of)]).recordable
+    assert not ours.attention.plan([SequenceSlice(**of, selection=XAttention())]).recordable
