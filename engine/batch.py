@@ -59,8 +59,10 @@ class Batch:
     @property
     def decodes_only(self) -> bool:
         """Whether each sequence has one row, which is sampled."""
+        # Answers that are computed again may be several slices of one sequence.
         one_each = len(self.tokens) == len(self.slices)
-        return one_each and len(self.scheduled) == len(self.sample_rows)
+        alone = all(item.num_tokens == 1 for item in self.scheduled)
+        return one_each and alone and len(self.scheduled) == len(self.sample_rows)
 
     def padded(self, rows: int) -> Batch:
         """With so many rows: those added belong to nobody, have no context and store nothing."""

@@ -37,6 +37,7 @@ from polydelta.engine.residency import Residency
 from polydelta.engine.runner import Runner
 from polydelta.engine.scheduler import Scheduler, SchedulerLimits
 from polydelta.engine.stats_recorder import StatsRecorder
+from polydelta.kernels.kv_selection import InfLLM
 from polydelta.kernels.ops import Kernels, kernels_for
 
 # stage, done, total: drives a progress bar
@@ -161,8 +162,9 @@ def assemble(
     prefix_caching = config.prefix_caching
     host_kv = distant = None
     if config.host_kv_bytes:
-        host_kv = runner.host_kv(config.host_kv_bytes, costs.observe_swap)
-        distant = DistantPages(host_kv, sizes.num_pages)
+        reads_host = isinstance(setup.selection, InfLLM)
+        host_kv = runner.host_kv(config.host_kv_bytes, costs.observe_swap, reads_host)
+        distant = DistantPages(host_kv, sizes.num_pages) if reads_host else None
     kv = KVCache(
         pools.kv, spec.block_size, costs, prefix_caching, residency.is_doomed, rules, distant
     )

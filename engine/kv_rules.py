@@ -130,6 +130,12 @@ class KVRules:
         if of_prompt == selection:
             return [(item.num_tokens, selection)]
         prompt = [(num_prompt, of_prompt)] if num_prompt else []
+        if self.prefill is not None:
+            # Behind virtual tokens it begins inside of a block, which reads all that is before it.
+            virtual, block = item.sequence.num_prefix_tokens, self.prefill.block
+            inside = min(num_prompt, -(virtual + item.start) % block)
+            pieces = ((inside, FULL), (num_prompt - inside, of_prompt))
+            prompt = [(rows, reads) for rows, reads in pieces if rows]
         if by_query:
             return prompt + [(1, selection)] * num_answers
         return prompt + ([(num_answers, selection)] if num_answers else [])

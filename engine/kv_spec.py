@@ -50,13 +50,15 @@ class KVSpec:
         cannot store the model's heads, or of which no token fits a page."""
         page_bytes = kv_page_bytes(config, native_tokens, dtype)
         shape = KVShape(config.num_kv_heads, config.head_dim, dtype)
-        layout = page_layout_for(FORMATS[format_name](), selection, shape, page_bytes)
+        format = FORMATS[format_name]()
+        layout = page_layout_for(format, selection, shape, page_bytes)
         if not layout.block_size:
             raise ValueError(
                 f"A page of {native_tokens} native tokens has no room for a token in KV format "
                 f"{format_name} with selection {selection}: raise block_size."
             )
-        return cls(FORMATS[format_name](), layout, config, dtype, selection, labels)
+        labels = None if labels is None else labels.contiguous()
+        return cls(format, layout, config, dtype, selection, labels)
 
     @property
     def block_size(self) -> int:

@@ -106,11 +106,12 @@ class Runner:
     def pool_bytes(self) -> int:
         return self._storage.nbytes
 
-    def host_kv(self, num_bytes: int, observe: Observe) -> HostKV:
-        """Host RAM for pages of this pool, made before the first of them is used. Raises
-        ModelError."""
+    def host_kv(self, num_bytes: int, observe: Observe, is_read: bool = False) -> HostKV:
+        """Host RAM for pages of this pool, made before the first of them is used; is_read: whether
+        attention reads pages there. Raises ModelError."""
         host = HostKV(self._storage, num_bytes, observe)
-        self._kv.add_host_pages(host.memory)
+        if is_read:
+            self._kv.add_host_pages(host.memory)
         return host
 
     def enter_thread(self) -> None:

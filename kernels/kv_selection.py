@@ -197,6 +197,10 @@ def parse_prefill(text: str) -> Selection:
     return _parsed(text, _PREFILLS, "prefill")
 
 
+# Kernels count in 32 bits, and add some of these numbers.
+MOST_TOKENS = 1 << 30
+
+
 def _parsed(text: str, ways: Mapping[str, _Way], what: str) -> Selection:
     name, colon, rest = text.partition(":")
     way = ways.get(name)
@@ -209,6 +213,8 @@ def _parsed(text: str, ways: Mapping[str, _Way], what: str) -> Selection:
         numbers = [_number(*both) for both in zip(parts, way.numbers.values(), strict=False)]
     except ValueError:
         raise ValueError(f"{what} {text!r} cannot be read: write {usage(name)}.") from None
+    if max(numbers, default=0) > MOST_TOKENS:
+        raise ValueError(f"{what} {text!r} cannot be used: no number is above {MOST_TOKENS}.")
     selection = way.make(*numbers)
     if problem := _problem(selection):
         raise ValueError(f"{what} {text!r} cannot be used: {problem}.")

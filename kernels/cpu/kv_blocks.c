@@ -218,7 +218,7 @@ static void choose_blocks(float *shares, int64_t own, double threshold) {
     while (reached < threshold * total || threshold >= 1) {
         int64_t most = -1;
         for (int64_t i = 1; i < own; i++)
-            if (shares[i] >= 0 && (most < 0 || shares[i] > shares[most])) most = i;
+            if (shares[i] != CHOSEN && (most < 0 || shares[i] > shares[most])) most = i;
         if (most < 0) return;
         reached += shares[most];
         shares[most] = CHOSEN;

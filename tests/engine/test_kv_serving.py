@@ -153,6 +153,38 @@ def test_a_prompt_of_several_blocks_is_found_by_xattention(
     assert cold == warm != dense
 
 
+@pytest.mark.parametrize(
+    "setup",
+    [
+        {"kv_select": "quest:24"},
+        {"kv_format": "int4", "kv_select": "quest:24", "host_kv_bytes": 1 << 20},
+        {"kv_format": "kivi-2", "host_kv_bytes": 1 << 20},
+    ],
+    ids=lambda setup: ", ".join(map(str, setup.values())),
+)
+def test_small_steps_in_bfloat16_compute_again_what_was_there(
+    setup: dict[str, Any],
+    checkpoint: Checkpoint,
+    requests: Callable[..., list[GenerationRequest]],
+    serve: Callable,
+    run: Callable,
+) -> None:
+    """Steps of so few tokens are recorded, and answers come again a few at a time."""
+    options = OPTIONS | setup | {"max_batch_tokens": 16, "dtype": "bfloat16"}
+    token_bytes = TOKEN_BYTES // 2
+    with serve(checkpoint, prefix_caching=False, **options) as engine:
+        expected = {name: one.token_ids for name, one in run(engine, requests(13)).items()}
+        size = engine.stats().block_size
+        by_page = FORMATS_BY_NAME[engine.kv_setup.format]().by_page
+    opened = (options["max_batch_size"] + 1) * size * token_bytes if by_page else 0
+    pages = 30 + 2 * -(-LONGEST // size)
+    crowded = LAYERS * (pages * options["block_size"] * token_bytes + opened)
+    with serve(checkpoint, pool_bytes=crowded, max_model_len=LONGEST, **options) as engine:
+        got = {name: one.token_ids for name, one in run(engine, requests(13)).items()}
+        assert engine.stats().preemptions > 0
+    assert got == expected
+
+
 def test_requests_with_selections_of_their_own_answer_as_alone(
     checkpoint: Checkpoint,
     requests: Callable[..., list[GenerationRequest]],

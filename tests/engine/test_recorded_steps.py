@@ -359,7 +359,7 @@ def test_the_recording_that_was_not_used_for_the_longest_goes(
     }
     driver = both(script)
     assert driver.num_recordings == 2
-    assert [shape for shape, _ in driver.engine._runner._recorded._recordings] == [2, 1]
+    assert [shape[0] for shape in driver.engine._runner._recorded._recordings] == [2, 1]
 
 
 def test_a_step_with_more_rows_than_are_recorded(both: Callable[..., Driver]) -> None:

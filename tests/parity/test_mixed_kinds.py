@@ -272,7 +272,7 @@ def check_together(
     assert together == alone
     assert len({tuple(tokens) for tokens in alone.values()}) > len(requests) // 2
     # 3 layers of 2,560-byte pages: room for some of them at a time.
-    crowded = options | {"pool_bytes": 120 * 3 * 2560, "max_batch_tokens": 24, "max_batch_size": 9}
+    crowded = {"max_batch_tokens": 24, "max_batch_size": 9, "pool_bytes": 120 * 3 * 2560} | options
     with serve(checkpoint, **crowded) as engine:
         got = {name: a.token_ids for name, a in run(engine, requests).items()}
         assert engine.stats().adapter_evictions > 0, "the pool was not small enough"
@@ -295,6 +295,8 @@ def test_a_batch_of_all_kinds_answers_each_request_as_alone(
         {"kv_format": "fp8", "kv_select": "window:3+9"},
         {"kv_format": "int4", "kv_select": "quest:8", "block_size": 4},
         {"kv_format": "kivi-4", "block_size": 5},
+        # Virtual tokens have a prompt begin inside of a block.
+        {"prefill": "xattention:8+0.5", "max_batch_tokens": 140, "max_batch_size": 9},
     ],
     ids=lambda kv: ", ".join(map(str, kv.values())),
 )
