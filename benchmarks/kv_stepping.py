@@ -66,7 +66,7 @@ class Stepping:
         self._distant: DistantPages | None = None
         if isinstance(selection, InfLLM):
             host_bytes = self._num_pages * self.spec.page_bytes * config.num_layers
-            host = self._runner.host_kv(host_bytes, lambda *_: None)
+            host = self._runner.host_kv(host_bytes, lambda *_: None, is_read=True)
             self._distant = DistantPages(host, self._num_pages)
         self._fill(each)
         self._books = self._new_books()
