@@ -111,7 +111,9 @@ def test_answers_do_not_tell_who_was_preempted_or_found_a_prefix(
     options = OPTIONS | setup
     if "infllm" in setup.get("kv_select", ""):
         options["host_kv_bytes"] = 30 * LAYERS * 4 * TOKEN_BYTES
-    with serve(checkpoint, prefix_caching=False, **options) as engine:
+    # In the order of arrival nobody makes way for others where there is room.
+    alone = options | {"prefix_caching": False, "scheduling_policy": "fcfs"}
+    with serve(checkpoint, **alone) as engine:
         expected = {name: one.token_ids for name, one in run(engine, requests(13)).items()}
         stats = engine.stats()
         by_page = FORMATS_BY_NAME[engine.kv_setup.format]().by_page
