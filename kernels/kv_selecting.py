@@ -1,10 +1,14 @@
 """Which tokens a query reads, in plain torch.
 
 A choice is a function of the query and of what is stored before it, and of nothing else. Equal
-scores go to the lower position. The score of a kv head is the highest of its query heads' scores.
+scores go to the lower position. A kv head has several query heads: what counts is the largest share
+that one of them would give of its attention, among the candidates. (Scores themselves are larger in
+some heads than in others, which would be all that is heard.)
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -32,7 +36,7 @@ def select(
         return None
     match part.selection:
         case Quest() as quest if layer >= quest.dense_layers:
-            return _quest(kind, memory, part, _grouped(kind, queries), quest.budget)
+            return _quest(kind, memory, part, _grouped(kind, queries), quest)
         case DoubleSparsity(budget):
             return _double_sparsity(kind, layer, memory, part, _grouped(kind, queries), budget)
         case InfLLM() as infllm:
@@ -46,23 +50,30 @@ def precise(x: Tensor) -> Tensor:
 
 
 def _quest(
-    kind: KVKind, memory: KVMemory, part: SequenceSlice, queries: Tensor, budget: int
+    kind: KVKind, memory: KVMemory, part: SequenceSlice, queries: Tensor, quest: Quest
 ) -> Tensor | None:
     """queries: `[kv_heads, group, head_dim]`, here and below."""
     own = (part.context - 1) // kind.layout.block_size
-    count = max(_LEAST_PAGES, _pages(kind, budget))
+    count = max(_LEAST_PAGES, _pages(kind, quest.budget))
     if own < count:
         return None
     pages = torch.tensor(part.pages[1:own], device=queries.device)
+    by_least, by_most = map(precise, bound_weights(queries, quest.reach))
     # Both [kv_heads, head_dim, pages].
     least, most = (
-        section_of(kind, memory, name, pages).to(queries.dtype).permute(1, 2, 0)
+        section_of(kind, memory, name, pages).to(by_most.dtype).permute(1, 2, 0)
         for name in ("key_least", "key_most")
     )
-    # Of each channel the larger product: with the most where the query is positive.
-    scores = queries.clamp(min=0) @ most + queries.clamp(max=0) @ least
-    chosen = _best(scores.amax(1), count - 2) + 1
+    scores = by_most @ most + by_least @ least
+    chosen = _best(_largest_shares(kind, scores), count - 2) + 1
     return _tokens(kind, part, 1, chosen, own)
+
+
+def bound_weights(queries: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+    """What the least and the most of each channel are multiplied with, both like the queries."""
+    toward = queries * ((1 + reach) / 2)
+    away = queries * ((1 - reach) / 2)
+    return toward.where(queries < 0, away), toward.where(queries >= 0, away)
 
 
 def _double_sparsity(
@@ -81,8 +92,8 @@ def _double_sparsity(
     # [kv_heads, labels, tokens], the query's own not among them: it is read anyway.
     before = labels.flatten(0, 1)[: part.context - 1].permute(1, 2, 0)
     channels = kind.labels[layer, :, None].to(queries.device)
-    asked = queries.gather(-1, channels.expand(-1, queries.shape[1], -1))
-    chosen = _best((asked @ before.to(queries.dtype)).amax(1), budget - 1)
+    asked = precise(queries).gather(-1, channels.expand(-1, queries.shape[1], -1))
+    chosen = _best(_largest_shares(kind, asked @ before.to(asked.dtype)), budget - 1)
     return torch.cat((chosen, chosen.new_full((len(chosen), 1), part.context - 1)), 1)
 
 
@@ -97,17 +108,18 @@ def _infllm(
         return None
     blocks = torch.arange(first, end, device=queries.device)
     scores = [
-        _represented(kind, memory, part, queries, some)
+        _represented(kind, memory, part, precise(queries), some)
         for some in blocks.split(max(1, _AT_ONCE // size))
     ]
-    chosen = _best(torch.cat(scores, 1), count) + first
+    chosen = _best(_largest_shares(kind, torch.cat(scores, -1)), count) + first
     return _tokens(kind, part, first, chosen, end)
 
 
 def _represented(
     kind: KVKind, memory: KVMemory, part: SequenceSlice, queries: Tensor, blocks: Tensor
 ) -> Tensor:
-    """The highest score of each block's representatives, `[kv_heads, blocks]`. blocks: `[n]`."""
+    """The highest score of each block's representatives, `[kv_heads, group, blocks]`. blocks:
+    `[n]`."""
     pages = torch.tensor(part.pages, device=blocks.device)[blocks]
     places = section_of(kind, memory, "representatives", pages).long()
     keys, _ = decode_blocks(kind, memory, part, blocks)
@@ -115,15 +127,19 @@ def _represented(
     chosen = keys.transpose(1, 2).gather(
         2, places[..., None].expand(-1, -1, -1, kind.shape.head_dim)
     )
-    scores = torch.einsum("hgd,nhrd->hngr", queries, chosen.to(queries.dtype))
-    return scores.amax((-2, -1))
+    return torch.einsum("hgd,nhrd->hgnr", queries, chosen.to(queries.dtype)).amax(-1)
 
 
 def _grouped(kind: KVKind, queries: Tensor) -> Tensor:
     """`[1, heads, head_dim]` -> `[kv_heads, group, head_dim]`."""
     assert len(queries) == 1, "What chooses by query is asked for one query at a time."
-    grouped: Tensor = precise(queries[0]).unflatten(0, (kind.shape.num_kv_heads, -1))
+    grouped: Tensor = queries[0].unflatten(0, (kind.shape.num_kv_heads, -1))
     return grouped
+
+
+def _largest_shares(kind: KVKind, scores: Tensor) -> Tensor:
+    """Logarithms of them, `[kv_heads, group, n]` -> `[kv_heads, n]`."""
+    return (scores / math.sqrt(kind.shape.head_dim)).log_softmax(-1).amax(1)
 
 
 def _pages(kind: KVKind, budget: int) -> int:

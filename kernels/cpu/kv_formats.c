@@ -8,9 +8,9 @@ enum { KEY_SIDE, VALUE_SIDE, SIDES };
 enum { CODE_GROUP = 32 };
 
 /* Bytes from the beginning of a page to sections of keys, or of values; not used where the format
- * has none of the kind. */
+ * has none of the kind. means: of the page, a row for each head. */
 typedef struct {
-    int64_t codes, scales, bits, outliers, outlier_places, rows, columns;
+    int64_t codes, scales, bits, outliers, outlier_places, rows, columns, means;
 } KVSide;
 
 typedef struct {
@@ -141,15 +141,26 @@ static inline void expand_int4_row(uint16_t *to, const RowAt *at, int64_t dim) {
     }
 }
 
+/* The page's mean, in bfloat16, where rows are what differs from it; else NULL. */
+static inline uint16_t *means_at(const RowAt *at) {
+    if (at->side != at->layout->sides + KEY_SIDE) return NULL;
+    return (uint16_t *)(at->page + at->side->means) + at->head * at->layout->head_dim;
+}
+
 static inline void expand_mustafar_row(uint16_t *to, const RowAt *at, int64_t dim) {
     const char *bits = at->page + at->side->bits + row_number(at) * (dim / 8);
-    const uint16_t *kept = (const uint16_t *)codes_at(at);
+    const uint16_t *kept = (const uint16_t *)codes_at(at), *means = means_at(at);
     int64_t left = at->layout->code_bytes / 2;
     for (int64_t i = 0; i < dim; i += 16) {
+        const __mmask16 lanes = first_lanes(dim - i);
         const uint32_t map = (uint8_t)bits[i / 8] | (i + 8 < dim ? (uint8_t)bits[i / 8 + 1] << 8 : 0);
         const __m512i some = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(left), kept));
         const __m512i spread = _mm512_maskz_expand_epi32(map, some);
-        _mm256_mask_storeu_epi16(to + i, first_lanes(dim - i), _mm512_cvtepi32_epi16(spread));
+        if (means) {
+            const __m512 rest = _mm512_castsi512_ps(_mm512_slli_epi32(spread, 16));
+            store_narrow(to + i, lanes, _mm512_add_ps(load_wide(lanes, means + i), rest));
+        } else
+            _mm256_mask_storeu_epi16(to + i, lanes, _mm512_cvtepi32_epi16(spread));
         const int64_t taken = least(left, __builtin_popcount(map));
         kept += taken;
         left -= taken;

@@ -29,7 +29,8 @@ typedef struct {
     const KVChoice *choices;
     const int64_t *pages;
     float *sums;
-    int32_t *lists, *scores;
+    int32_t *lists;
+    float *scores;
     _Atomic int32_t *waiting;
     double scale;
 } KVPlan;

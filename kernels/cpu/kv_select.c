@@ -4,14 +4,8 @@
 /* Of one slice; less is done before another thread has begun. */
 enum { CANDIDATES_PER_ITEM = 256 };
 
-/* As int32 that are in the same order; both zeros are one. */
-static inline __m512i in_order(__m512 scores) {
-    const __mmask16 zero = _mm512_cmp_ps_mask(scores, _mm512_setzero_ps(), _CMP_EQ_OQ);
-    const __m512i bits = _mm512_mask_mov_epi32(_mm512_castps_si512(scores), zero,
-                                               _mm512_setzero_si512());
-    const __m512i below = _mm512_srai_epi32(bits, 31);
-    return _mm512_xor_si512(bits, _mm512_srli_epi32(below, 1));
-}
+/* As `kv_selection.Quest`. */
+static const float REACH = 0.5f;
 
 /* Rows of numbers that queries are multiplied with, and that they may be found in. */
 typedef struct {
@@ -46,10 +40,16 @@ static void prepare_queries(Scoring *scoring, int64_t head) {
         uint16_t *own = scoring->queries[row];
         scoring->query_rows[row] = own;
         switch (scoring->choice->way) {
-        case PAGES_BY_BOUNDS: /* positive numbers meet the most of a channel, others the least */
-            for (int64_t i = 0; i < dim; i++) {
-                own[i] = query[i] >> 15 ? 0 : query[i];
-                own[dim + i] = query[i] >> 15 ? query[i] : 0;
+        case PAGES_BY_BOUNDS: /* what the most of a channel is multiplied with, then the least */
+            for (int64_t i = 0; i < dim; i += 16) {
+                const __mmask16 lanes = first_lanes(dim - i);
+                const __m512 x = load_wide(lanes, query + i);
+                const __m512 toward = _mm512_mul_ps(x, _mm512_set1_ps((1 + REACH) / 2));
+                const __m512 away = _mm512_mul_ps(x, _mm512_set1_ps((1 - REACH) / 2));
+                const __mmask16 negative =
+                    _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+                store_narrow(own + i, lanes, _mm512_mask_mov_ps(toward, negative, away));
+                store_narrow(own + dim + i, lanes, _mm512_mask_mov_ps(away, negative, toward));
             }
             break;
         case TOKENS_BY_LABELS:
@@ -103,17 +103,24 @@ static void find_candidates(Candidates *found, const Scoring *scoring, int64_t f
     }
 }
 
-/* Sends for the bounds of pages first : stop, of all kv heads, line after line. */
-static void send_for_bounds(const Scoring *scoring, int64_t first, int64_t stop) {
+/* Sends for what pages first : stop note of all kv heads, line after line. */
+static void send_for_notes(const Scoring *scoring, int64_t first, int64_t stop) {
     const KVCache *cache = &scoring->of->cache;
     const KVLayout *of = cache->layout;
     const int64_t *pages = scoring->of->plan->pages + scoring->slice->first_page;
+    const int64_t bounds = 2 * of->kv_heads * of->head_dim;
+    const int64_t places = 2 * of->kv_heads * of->num_representatives;
     for (int64_t i = first; i < least(stop, scoring->stop); i++) {
         const char *page = page_at(cache, pages[scoring->choice->first_candidate + i]);
-        for (int64_t at = 0; at < 2 * of->kv_heads * of->head_dim && page; at += 64) {
-            _mm_prefetch(page + of->least + at, _MM_HINT_T0);
-            _mm_prefetch(page + of->most + at, _MM_HINT_T0);
-        }
+        if (!page) continue;
+        if (scoring->choice->way == PAGES_BY_REPRESENTATIVES)
+            for (int64_t at = 0; at < places; at += 64)
+                _mm_prefetch(page + of->representatives + at, _MM_HINT_T0);
+        else
+            for (int64_t at = 0; at < bounds; at += 64) {
+                _mm_prefetch(page + of->least + at, _MM_HINT_T0);
+                _mm_prefetch(page + of->most + at, _MM_HINT_T0);
+            }
     }
 }
 
@@ -156,30 +163,27 @@ static void pack_candidates(Scoring *scoring, const Candidates *found, int64_t h
     }
 }
 
-/* The highest score of a kv head's queries, of so many candidates; head `number` of what is packed. */
-static void score_candidates(const Scoring *scoring, int64_t head, int64_t number, int32_t *to,
-                             int64_t count) {
+/* Of each of a kv head's queries, rows of `to` that are `stride` apart, and of so many candidates; head
+ * `number` of what is packed. */
+static void score_candidates(const Scoring *scoring, int64_t head, int64_t number, float *to,
+                             int64_t stride, int64_t count) {
     const int64_t group = group_of(scoring->of), pairs = (scoring->numbers + 1) / 2;
     const uint32_t *packed = scoring->packed + number * pairs * KEYS;
     const uint16_t *const *queries = scoring->query_rows + (head - scoring->first_head) * group;
-    float scores[SCORE_ROWS][KEYS], best[KEYS];
+    float scores[SCORE_ROWS][KEYS];
     for (int64_t first = 0; first < group; first += SCORE_ROWS) {
         const int64_t rows = least(SCORE_ROWS, group - first);
         SCORE[rows](scores, queries + first, packed, pairs);
-        if (!first) memcpy(best, scores[0], sizeof best);
-        for (int64_t r = 0; r < rows; r++)
-            for (int half = 0; half < KEYS; half += 16)
-                _mm512_storeu_ps(best + half, _mm512_max_ps(_mm512_loadu_ps(best + half),
-                                                            _mm512_loadu_ps(scores[r] + half)));
+        for (int64_t r = 0; r < rows; r++) {
+            float *row = scores[r];
+            for (int64_t k = 0; k < count && scoring->each > 1; k++) { /* the highest of each */
+                row[k] = row[k * scoring->each];
+                for (int64_t j = k * scoring->each + 1; j < (k + 1) * scoring->each; j++)
+                    if (row[j] > row[k]) row[k] = row[j];
+            }
+            memcpy(to + (first + r) * stride, row, count * sizeof *row);
+        }
     }
-    for (int64_t k = 0; k < count && scoring->each > 1; k++) {
-        best[k] = best[k * scoring->each];
-        for (int64_t j = k * scoring->each + 1; j < (k + 1) * scoring->each; j++)
-            if (best[j] > best[k]) best[k] = best[j];
-    }
-    for (int64_t i = 0; i < count; i += 16)
-        _mm512_mask_storeu_epi32(to + i, first_lanes(count - i),
-                                 in_order(_mm512_loadu_ps(best + i)));
 }
 
 static inline int64_t scores_of(const KVChoice *choice) {
@@ -213,24 +217,69 @@ static void score_item(const void *task, int64_t item) {
         for (int64_t k = 0; k < scoring.heads; k++) prepare_queries(&scoring, first_head + k);
         Candidates found[2];
         int64_t turn = 0;
+        /* Places must have come before the keys at them can be sent for, a step ahead. */
+        const int64_t ahead = choice->way == PAGES_BY_REPRESENTATIVES ? 4 * step : step;
         find_candidates(found, &scoring, start, first_head);
         for (int64_t i = start; i < scoring.stop; i += step)
             for (int64_t k = 0; k < scoring.heads; k += scoring.at_once, turn ^= 1) {
                 const int64_t head = first_head + k, last = k + scoring.at_once == scoring.heads;
                 find_candidates(found + (turn ^ 1), &scoring, last ? i + step : i,
                                 last ? first_head : head + scoring.at_once);
-                if (choice->way == PAGES_BY_BOUNDS)
-                    send_for_bounds(&scoring, i + step + step * k / scoring.heads,
-                                    i + step + step * (k + 1) / scoring.heads);
+                if (!by_labels)
+                    send_for_notes(&scoring, i + ahead + step * k / scoring.heads,
+                                   i + ahead + step * (k + 1) / scoring.heads);
                 pack_candidates(&scoring, found + turn, head);
                 for (int64_t n = 0; n < scoring.at_once; n++) {
-                    int32_t *scores =
-                        of->plan->scores + choice->scores + (head + n) * scores_of(choice);
-                    score_candidates(&scoring, head + n, n, scores + i,
+                    const int64_t stride = scores_of(choice);
+                    float *scores = of->plan->scores + choice->scores +
+                                    (head + n) * group_of(of) * stride;
+                    score_candidates(&scoring, head + n, n, scores + i, stride,
                                      least(step, scoring.stop - i));
                 }
             }
     }
+}
+
+/* Of the sum of the exponentials of scores, which are scaled first. */
+static float log_total(const float *scores, int64_t count, float scale) {
+    __m512 top = _mm512_set1_ps(-__builtin_inff()), total = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; i += 16)
+        top = _mm512_mask_max_ps(top, first_lanes(count - i), top, _mm512_loadu_ps(scores + i));
+    const __m512 highest = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+    for (int64_t i = 0; i < count; i += 16) {
+        const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(scores + i), highest);
+        const __m512 share = exp_lanes(_mm512_mul_ps(below, _mm512_set1_ps(scale)));
+        total = _mm512_mask_add_ps(total, first_lanes(count - i), total, share);
+    }
+    return _mm512_cvtss_f32(highest) * scale + __builtin_logf(_mm512_reduce_add_ps(total));
+}
+
+/* As int32 that are in the same order; both zeros are one. */
+static inline __m512i in_order(__m512 numbers) {
+    const __mmask16 zero = _mm512_cmp_ps_mask(numbers, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    const __m512i bits = _mm512_mask_mov_epi32(_mm512_castps_si512(numbers), zero,
+                                               _mm512_setzero_si512());
+    const __m512i below = _mm512_srai_epi32(bits, 31);
+    return _mm512_xor_si512(bits, _mm512_srli_epi32(below, 1));
+}
+
+/* The largest share of attention that one of a kv head's query heads would give to each candidate, its
+ * logarithm as `in_order`: in the place of the first head's scores. */
+static int32_t *rank_candidates(float *scores, int64_t stride, int64_t heads, int64_t count,
+                                float scale) {
+    for (int64_t head = 0; head < heads; head++) {
+        const float *row = scores + head * stride;
+        const __m512 total = _mm512_set1_ps(log_total(row, count, scale));
+        for (int64_t i = 0; i < count; i += 16) {
+            const __m512 raw = _mm512_mul_ps(_mm512_loadu_ps(row + i), _mm512_set1_ps(scale));
+            __m512 share = _mm512_sub_ps(raw, total);
+            if (head) share = _mm512_max_ps(_mm512_loadu_ps(scores + i), share);
+            _mm512_storeu_ps(scores + i, share);
+        }
+    }
+    for (int64_t i = 0; i < count; i += 16)
+        _mm512_storeu_si512(scores + i, in_order(_mm512_loadu_ps(scores + i)));
+    return (int32_t *)scores;
 }
 
 static int64_t count_from(const int32_t *scores, int64_t count, int32_t lowest) {
@@ -268,7 +317,10 @@ static void choose_item(const void *task, int64_t item) {
     const int64_t heads = of->cache.layout->kv_heads, head = item % heads;
     const KVChoice *choice = of->plan->choices + item / heads;
     const KVSlice *slice = of->plan->slices + choice->slice;
-    const int32_t *scores = of->plan->scores + choice->scores + head * scores_of(choice);
+    const int64_t stride = scores_of(choice), group = group_of(of);
+    const int32_t *scores =
+        rank_candidates(of->plan->scores + choice->scores + head * group * stride, stride, group,
+                        choice->candidates, of->plan->scale);
     const int32_t lowest = least_chosen(scores, choice->candidates, choice->chosen);
     int64_t ties = choice->chosen;
     if (lowest < INT32_MAX) ties -= count_from(scores, choice->candidates, lowest + 1);

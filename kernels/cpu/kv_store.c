@@ -120,6 +120,35 @@ static void encode_mustafar(const RowAt *at, const uint16_t *row) {
     }
 }
 
+/* Of one head's rows of a page, each at a multiple of `stride` after the first; in float64, so that
+ * the sum does not depend on their order. */
+static void note_means(const RowAt *at, const uint16_t *rows, int64_t stride) {
+    const KVLayout *of = at->layout;
+    uint16_t *means = means_at(at);
+    for (int64_t i = 0; i < of->head_dim; i += 16) {
+        const __mmask16 lanes = first_lanes(of->head_dim - i);
+        __m512d sums[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
+        for (int64_t place = 0; place < of->block_size; place++) {
+            const __m512 x = load_finite(rows + place * stride + i, lanes);
+            sums[0] = _mm512_add_pd(sums[0], _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
+            sums[1] = _mm512_add_pd(sums[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+        }
+        const __m512d count = _mm512_set1_pd(of->block_size);
+        const __m512 low = _mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_div_pd(sums[0], count)));
+        const __m256 high = _mm512_cvtpd_ps(_mm512_div_pd(sums[1], count));
+        store_narrow(means + i, lanes, _mm512_insertf32x8(low, high, 1));
+    }
+}
+
+/* What a row is beside a mean. */
+static void subtract(uint16_t *to, const uint16_t *row, const uint16_t *means, int64_t dim) {
+    for (int64_t i = 0; i < dim; i += 16) {
+        const __mmask16 lanes = first_lanes(dim - i);
+        const __m512 x = load_finite(row + i, lanes);
+        store_narrow(to + i, lanes, _mm512_sub_ps(x, load_wide(lanes, means + i)));
+    }
+}
+
 static void encode_row(const RowAt *at, const uint16_t *row) {
     switch (at->layout->format) {
     case NATIVE: memcpy((char *)codes_at(at), row, at->layout->code_bytes); break;
@@ -182,13 +211,23 @@ static void encode_page_item(const void *task, int64_t item) {
     const KVEncoding *of = task;
     const KVLayout *layout = of->cache.layout;
     const int64_t number = item / layout->kv_heads, head = item % layout->kv_heads;
+    const int64_t slot = of->stored->closing_slots[number], dim = layout->head_dim;
     const char *page = page_at(&of->cache, of->stored->closing[number]);
-    for (int64_t side = 0; side < SIDES; side++)
-        for (int64_t place = 0; place < layout->block_size; place++) {
-            const RowAt to = {layout, layout->sides + side, page, place, head};
-            const int64_t slot = of->stored->closing_slots[number];
-            encode_row(&to, open_row(&of->cache, slot, place, side, head));
+    for (int64_t side = 0; side < SIDES; side++) {
+        RowAt to = {layout, layout->sides + side, page, 0, head};
+        const uint16_t *means = layout->format == MUSTAFAR ? means_at(&to) : NULL;
+        const uint16_t *first = open_row(&of->cache, slot, 0, side, head);
+        if (means) note_means(&to, first, SIDES * layout->kv_heads * dim);
+        for (; to.place < layout->block_size; to.place++) {
+            const uint16_t *row = open_row(&of->cache, slot, to.place, side, head);
+            uint16_t rest[MOST_HEAD_DIM];
+            if (means) {
+                subtract(rest, row, means, dim);
+                row = rest;
+            }
+            encode_row(&to, row);
         }
+    }
 }
 
 void polydelta_encode_pages(Pool *pool, const KVEncoding *of) {

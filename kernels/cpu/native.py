@@ -242,7 +242,7 @@ def _compile(compiler: str, source: bytes, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        command = [compiler, *_FLAGS, "-x", "c", "-", "-o", str(built)]
+        command = [compiler, *_FLAGS, "-x", "c", "-", "-lm", "-o", str(built)]
         subprocess.run(command, input=source, check=True, capture_output=True)
         built.replace(path)  # another process may be at it too: whoever is last wins, whole
 

@@ -73,7 +73,7 @@ def layout_struct(kind: KVKind) -> Struct:
 
 def _side(layout: PageLayout, side: str) -> list[int]:
     """`KVSide`."""
-    names = ("s", "_scales", "_bits", "_outliers", "_outlier_places", "_rows", "_columns")
+    names = ("s", "_scales", "_bits", "_outliers", "_outlier_places", "_rows", "_columns", "_means")
     return [_offset(layout, side + name) for name in names]
 
 

@@ -113,7 +113,7 @@ class ReadingPlan:
                 chosen += (number, choice.way, choice.first, choice.candidates, choice.chosen)
                 chosen += (scoring, scores)
                 scoring += -(-choice.candidates // _CANDIDATES)
-                scores += -(-choice.candidates // _TILE) * _TILE * shape.num_kv_heads
+                scores += -(-choice.candidates // _TILE) * _TILE * shape.num_heads
                 listed += -(-tokens // _TILE) * _TILE * shape.num_kv_heads
         whole = workspace.of(torch.int32, listed + scores)
         return (

@@ -19,6 +19,10 @@ class Mustafar(PerToken):
     to the lower channel, and a bitmap that says which. As many in each row, so that all tokens are
     of one size; the authors keep ties too, and 32 to 287 of the newest tokens whole, where here it
     is the page that is not full.
+
+    Of keys that is done with what differs from the page's mean, which is stored once: a few
+    channels are large in every key, and would be kept in all of them though they tell no token
+    from another.
     """
 
     by_page = True
@@ -27,6 +31,18 @@ class Mustafar(PerToken):
         """sparsity: the share of channels that are dropped."""
         self.name = f"mustafar-{sparsity * 100:.0f}"
         self.sparsity = sparsity
+
+    def sections(self, tokens: int, shape: KVShape) -> Sequence[Section]:
+        means = Section("key_means", shape.dtype, (shape.num_kv_heads, shape.head_dim))
+        return [*super().sections(tokens, shape), means]
+
+    def encode(self, keys: Tensor, values: Tensor) -> Parts:
+        means, rest = centered(keys)
+        return {**super().encode(rest, values), "key_means": means}
+
+    def decode(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        keys, values = super().decode(parts)
+        return keys + parts["key_means"].float()[:, None], values
 
     def _sections(self, tokens: int, shape: KVShape) -> Sequence[Section]:
         heads, head_dim = shape.num_kv_heads, shape.head_dim
@@ -61,3 +77,12 @@ class Mustafar(PerToken):
     def _kept(self, head_dim: int) -> int:
         """Channels of a row that stay."""
         return head_dim - int(self.sparsity * head_dim)
+
+
+def centered(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Each page's mean `[pages, kv_heads, head_dim]`, and what the keys are beside it `[pages,
+    tokens, kv_heads, head_dim]`, both of the keys' dtype."""
+    keys = finite(keys)
+    # In float64 the sum of half-precision numbers does not depend on their order.
+    means = (keys.double().sum(1) / keys.shape[1]).float().to(keys.dtype)
+    return means, (keys.float() - means.float()[:, None]).to(keys.dtype)

@@ -1,4 +1,4 @@
-"""Formats in which a token says nothing of others, and keys are stored as values."""
+"""Formats whose tokens are encoded each by itself, keys as values are."""
 
 from __future__ import annotations
 

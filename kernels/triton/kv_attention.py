@@ -1,7 +1,7 @@
 """Attention over a KV cache of any format and with any selection, in Triton.
 
 Pages are read as they are stored, and choices by query are made of what pages note. What is rare
-stays torch on the device: the encoding of whole pages, and selections that no kernel knows.
+stays torch on the device: what a page's tokens have in common, and selections that no kernel knows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from polydelta.kernels.kv_attention import KVAttention, KVPlan, KVRound
+from polydelta.kernels.kv_formats.mustafar import Mustafar, centered
+from polydelta.kernels.kv_formats.per_token import PerToken
 from polydelta.kernels.kv_memory import KVKind, KVMemory
+from polydelta.kernels.kv_notes import summarize
 from polydelta.kernels.kv_selection import H2O, Full, Selection, SnapKV, Window
 from polydelta.kernels.ops import SequenceSlice
 from polydelta.kernels.triton import kv_encode, kv_store
@@ -113,6 +116,22 @@ class TritonKVAttention(KVAttention):
         # As pages of one token.
         tokens = memory.open.flatten(0, 1)[:, :, None]
         kv_store.store_kv(tokens, keys, values, part.targets)
+
+    def encode_open(self, memory: KVMemory, layer: int, pages: Tensor, slots: Tensor) -> None:
+        if not isinstance(self.kind.format, PerToken):
+            super().encode_open(memory, layer, pages, slots)
+            return
+        assert memory.open is not None
+        # [n, block_size, kv_heads, head_dim]
+        keys, values = memory.open[slots].unbind(2)
+        if isinstance(self.kind.format, Mustafar):
+            means, keys = centered(keys)
+            self.kind.layout.view(memory.pages, "key_means")[pages] = means
+        size = self.kind.layout.block_size
+        places = (pages[:, None] * size + torch.arange(size, device=self.device)).flatten()
+        rows = keys.flatten(0, 1), values.flatten(0, 1)
+        kv_encode.encode(self._pages_in(memory), memory.pages, *rows, places)
+        summarize(self.kind, layer, memory.pages, pages)
 
     def read(
         self, part: KVRound, layer: int, memory: KVMemory, queries: Tensor, out: Tensor

@@ -1,4 +1,4 @@
-"""Keys and values on their way into pages whose tokens are encoded each by itself, in one launch.
+"""Keys and values on their way into pages, each token encoded by itself, in one launch.
 
 The bytes are those of `polydelta.kernels.kv_formats`.
 """

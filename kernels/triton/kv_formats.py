@@ -81,6 +81,8 @@ def load_tile(tokens, SIDE: tl.constexpr, PAGES: tl.constexpr, BLOCK_DIM: tl.con
         tile = codes.to(tl.float32) * scales[:, None] + zeros[:, None]
     elif PAGES.family == "mustafar":
         tile = load_sparse(tokens, row, AT.bits, AT.codes, dtype, PAGES, BLOCK_DIM)
+        if SIDE == KEYS:
+            tile = tile.to(tl.float32) + load_means(tokens, AT.means, dtype, PAGES, BLOCK_DIM)
     else:
         codes = load_codes(tokens, row, AT.codes, PAGES, BLOCK_DIM)
         tile = scaled(tokens, row, codes, AT.scales, SIDE, PAGES, BLOCK_DIM)
@@ -158,6 +160,17 @@ def load_sparse(
     bits = (bytes_.to(tl.int32) >> (feature % 8)[None, :]) & 1
     place = (row * PAGES.kept)[:, None] + tl.cumsum(bits, 1) - bits
     return tl.load(section(tokens, AT, TYPE)[:, None] + place, mask=bits != 0, other=0.0)
+
+
+@triton.jit
+def load_means(
+    tokens, AT: tl.constexpr, TYPE: tl.constexpr, PAGES: tl.constexpr, BLOCK_DIM: tl.constexpr
+):
+    """Of each token's page, `[tokens, BLOCK_DIM]` float32."""
+    feature = tl.arange(0, BLOCK_DIM)
+    at = section(tokens, AT, TYPE)[:, None] + (tokens.head * PAGES.head_dim + feature)[None, :]
+    own = tokens.encoded[:, None] & (feature < PAGES.head_dim)[None, :]
+    return tl.load(at, mask=own, other=0.0).to(tl.float32)
 
 
 @triton.jit

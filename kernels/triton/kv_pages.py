@@ -37,6 +37,7 @@ class SideAt:
     outlier_places: int
     rows: int
     columns: int
+    means: int
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,6 @@ def pages_of(kind: KVKind, page_bytes: int) -> Pages:
 
 
 def _side(kind: KVKind, side: str) -> SideAt:
-    names = ("s", "_scales", "_bits", "_outliers", "_outlier_places", "_rows", "_columns")
+    names = ("s", "_scales", "_bits", "_outliers", "_outlier_places", "_rows", "_columns", "_means")
     layout = kind.layout
     return SideAt(*(layout.offset(side + name) if layout.has(side + name) else 0 for name in names))

@@ -31,8 +31,7 @@ def shipped() -> list[ShippedKernel]:
         _decode("native", Quest()),
         _decode("native", DoubleSparsity()),
         *(_prefill(name) for name in ("native", "int8", "mustafar-50", "gear")),
-        _score(Quest()),
-        _score(DoubleSparsity()),
+        *(make(each) for each in (Quest(), DoubleSparsity()) for make in (_score, _rank)),
     ]
 
 
@@ -129,15 +128,37 @@ def _score(selection: Selection) -> ShippedKernel:
         kv_choose.score_kernel,
         {
             "queries_ptr": "*bf16", "pages_ptr": "*u8", "open_ptr": "*bf16",
-            "channels_ptr": "*i64", "table_ptr": "*i32", "scores_ptr": "*i64",
+            "channels_ptr": "*i64", "table_ptr": "*i32", "scores_ptr": "*fp32",
             "query_stride": "i32", "asks_at": "i32", "width": "i32",
         },
         kv_choose.choose_constants(kind.shape, pages, notes),
         Floor(
             f"16 sequences of {blocks} blocks",
-            bytes=16 * blocks * _KV_HEADS * (noted * _DTYPE.itemsize + 8),
+            bytes=16 * blocks * (_KV_HEADS * noted * _DTYPE.itemsize + _HEADS * 4),
             flops=2 * 16 * blocks * _HEADS * noted,
         ),
         aligned=("queries_ptr", "pages_ptr", "open_ptr", "channels_ptr", "table_ptr", "scores_ptr"),
+        options={"num_warps": 4, "num_stages": 2},
+    )  # fmt: skip
+
+
+def _rank(selection: Selection) -> ShippedKernel:
+    kind = _kind("native", selection)
+    pages, notes = pages_of(kind, kind.layout.page_bytes), kv_choose.notes_of(kind)
+    choice = kv_choose.Choice.of(kind, selection)
+    assert choice is not None
+    blocks = choice.blocks(_CONTEXT)
+    return ShippedKernel(
+        f"KV ranks, {selection}",
+        kv_choose.rank_kernel,
+        {
+            "scores_ptr": "*fp32", "ranks_ptr": "*i64", "table_ptr": "*i32", "asks_at": "i32",
+            "width": "i32", "scale": "fp32",
+        },
+        kv_choose.rank_constants(kind.shape, pages, notes),
+        Floor(
+            f"16 sequences of {blocks} blocks", bytes=16 * blocks * (_HEADS * 4 + _KV_HEADS * 8)
+        ),
+        aligned=("scores_ptr", "ranks_ptr", "table_ptr"),
         options={"num_warps": 4, "num_stages": 2},
     )  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from polydelta.kernels.kv_eviction import NOTED_BYTES
 from polydelta.kernels.kv_merging import SIMILARITY, MergingTokens
 from polydelta.kernels.kv_selection import FULL, H2O, Selection, SnapKV
 from polydelta.kernels.ops import SequenceSlice
@@ -354,6 +355,24 @@ def test_a_slot_is_taken_over_by_another_sequence(kv_trial: Trial) -> None:
             for trial in [kv_trial("native", [60])] * 2
         )
         assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("selection", [SnapKV(36), H2O(0.3, 0.2)], ids=str)
+def test_what_is_noted_of_a_sequence_is_small_and_goes_with_it(
+    kv_trial: Trial, selection: SnapKV | H2O
+) -> None:
+    prompt = 50
+    trial = kv_trial("native", [60, 60])
+    for number in (0, 1):
+        run(trial, number, selection, prompt, in_steps(prompt, 60))
+    states = trial.attention._eviction._sequences
+    slots = {slot for _, slot in states}
+    assert len(slots) == 2
+    noted = sum(each.received.nbytes + each.positions.nbytes for each in states.values())
+    tokens = len(slots) * trial.kind.shape.num_kv_heads * selection.kept(prompt)
+    assert noted == (tokens * NOTED_BYTES if isinstance(selection, H2O) else 0)
+    trial.attention.forget(slots.pop())
+    assert {slot for _, slot in states} == slots
 
 
 def test_recomputed_answers_evict_nothing_again(kv_trial: Trial, near: Near) -> None:

@@ -33,6 +33,19 @@ def highest(scores: dict[int, float], count: int) -> set[int]:
     return set(sorted(scores, key=lambda place: (-round(scores[place], 9), place))[:count])
 
 
+def largest_shares(trial: Any, scores: dict[int, list[float]]) -> dict[int, float]:
+    """Of each candidate, whose scores are those of the query heads: the largest share that one of
+    them would give of its attention, in logarithms."""
+    shares = dict.fromkeys(scores, -math.inf)
+    for each in zip(*scores.values(), strict=True):
+        scaled = [score / math.sqrt(trial.kind.shape.head_dim) for score in each]
+        top = max(scaled)
+        total = top + math.log(math.fsum(math.exp(score - top) for score in scaled))
+        for place, score in zip(scores, scaled, strict=True):
+            shares[place] = max(shares[place], score - total)
+    return shares
+
+
 def chosen(trial: Any, number: int, position: int, head: int, selection: Selection) -> set[int]:
     """The definition: the positions that a kv head reads."""
     size, own = trial.size, position // trial.size
@@ -47,29 +60,31 @@ def chosen(trial: Any, number: int, position: int, head: int, selection: Selecti
             wanted = max(3, math.ceil(budget / size))
             if own + 1 <= wanted:
                 return set(range(position + 1))
-            scores = {}
+            scores: dict[int, list[float]] = {}
             for page in range(1, own):
-                bounds = [keys[pages[page]].amin(0), keys[pages[page]].amax(0)]
-                products = [
-                    torch.maximum(query * bounds[0], query * bounds[1]) for query in queries
+                least, most = keys[pages[page]].amin(0), keys[pages[page]].amax(0)
+                middle, half = (least + most) / 2, (most - least) / 2
+                scores[page] = [
+                    math.fsum((query * middle + query.abs() * half / 2).tolist())
+                    for query in queries
                 ]
-                scores[page] = max(math.fsum(each.tolist()) for each in products)
-            best = highest(scores, wanted - 2)
+            best = highest(largest_shares(trial, scores), wanted - 2)
             reads = set().union(*(pages[page] for page in best), pages[0])
             return reads | set(range(own * size, position + 1))
         case DoubleSparsity(budget):
             labels = trial.kind.labels[trial.layer, head]
             all_scores = [dots(query[labels], keys[:position, labels]) for query in queries]
-            scores = {place: max(each) for place, each in enumerate(zip(*all_scores, strict=True))}
-            return highest(scores, budget - 1) | {position}
+            scores = dict(enumerate(map(list, zip(*all_scores, strict=True))))
+            return highest(largest_shares(trial, scores), budget - 1) | {position}
         case InfLLM(sinks, recent, budget):
             between, scores = range(sinks, position + 1 - recent), {}
             for number, page in enumerate(pages):
                 if page[0] in between and page[-1] in between:
                     means = dict(enumerate(dots(keys[page].mean(0), keys[page])))
                     tokens = keys[[page[place] for place in highest(means, 4)]]
-                    scores[number] = max(max(dots(query, tokens)) for query in queries)
-            left = scores.keys() - highest(scores, math.ceil(budget / size))
+                    scores[number] = [max(dots(query, tokens)) for query in queries]
+            best = highest(largest_shares(trial, scores), math.ceil(budget / size))
+            left = scores.keys() - best
             return set(range(position + 1)) - set().union(*(pages[number] for number in left))
     raise AssertionError(selection)
 

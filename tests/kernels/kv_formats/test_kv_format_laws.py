@@ -78,7 +78,7 @@ def test_a_page_is_the_same_however_its_tokens_lie_in_memory(
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in FORMATS if not name.startswith(("kivi", "gear"))]
+    "name", [name for name in FORMATS if not name.startswith(("kivi", "gear", "mustafar"))]
 )
 def test_a_token_is_the_same_whatever_its_page_holds_beside_it(
     name: str, shape: tuple[int, int, int], rows: Rows, parts_of: PartsOf
@@ -162,7 +162,7 @@ def test_pages_of_the_default_model_hold_as_many_more_tokens_as_they_should() ->
     assert tokens["native"] == 16
     assert min(tokens["int8"], tokens["fp8"]) >= 1.9 * 16
     assert tokens["int4"] >= 3.5 * 16
-    assert tokens["mustafar-50"] >= 1.7 * 16
+    assert tokens["mustafar-50"] >= 1.6 * 16
     assert tokens["mustafar-70"] >= 1.8 * 16
     assert min(tokens["kivi-4"], tokens["gear"]) >= 3 * 16
     assert tokens["kivi-2"] >= 5 * 16
@@ -178,9 +178,11 @@ LAYOUTS = {
     "int4": "keys uint8 [33, 3, 20], key_scales float16 [33, 3, 2], "
     "values uint8 [33, 3, 20], value_scales float16 [33, 3, 2]",
     "mustafar-50": "key_bits uint8 [33, 3, 5], keys bfloat16 [33, 3, 20], "
-    "value_bits uint8 [33, 3, 5], values bfloat16 [33, 3, 20]",
+    "value_bits uint8 [33, 3, 5], values bfloat16 [33, 3, 20], "
+    "key_means bfloat16 [3, 40]",
     "mustafar-70": "key_bits uint8 [33, 3, 5], keys bfloat16 [33, 3, 12], "
-    "value_bits uint8 [33, 3, 5], values bfloat16 [33, 3, 12]",
+    "value_bits uint8 [33, 3, 5], values bfloat16 [33, 3, 12], "
+    "key_means bfloat16 [3, 40]",
     "kivi-4": "keys uint8 [33, 3, 20], key_scales float16 [2, 3, 40, 2], "
     "values uint8 [33, 3, 20], value_scales float16 [33, 3, 2, 2]",
     "kivi-2": "keys uint8 [33, 3, 10], key_scales float16 [2, 3, 40, 2], "

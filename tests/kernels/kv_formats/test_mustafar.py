@@ -36,21 +36,56 @@ def test_the_largest_channels_stay_as_they_are(
     parts_of: PartsOf,
 ) -> None:
     format, kept = Mustafar(sparsity), shape[2] - dropped * shape[2] // 100
-    sides = rows(shape, dtype=dtype)
-    parts = parts_of(format, *sides)
+    keys, values = rows(shape, dtype=dtype)
+    parts = parts_of(format, keys, values)
     assert parts["keys"].shape[-1] == parts["values"].shape[-1] == kept
-    for given, got in zip(sides, format.decode(parts), strict=True):
-        assert torch.equal(got, pruned(given, kept).float())
+    got_keys, got_values = format.decode(parts)
+    assert torch.equal(got_values, pruned(values, kept).float())
+    # Of keys, what is left of them beside the page's mean.
+    means = parts["key_means"].float()[:, None]
+    rest = (keys.float() - means).to(dtype)
+    assert torch.equal(got_keys, means + pruned(rest, kept).float())
+
+
+def test_the_mean_of_keys_is_that_of_their_page(rows: Rows, parts_of: PartsOf) -> None:
+    keys, values = rows((7, 3, 16))
+    means = parts_of(Mustafar(0.5), keys, values)["key_means"]
+    expected = keys.double().mean(1)
+    # A bfloat16 number's half step.
+    assert ((means.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-30).all()
+
+
+def test_what_all_keys_of_a_page_have_in_common_is_not_lost(parts_of: PartsOf) -> None:
+    """Where a row's largest channels are large in all of them, the others tell tokens apart."""
+    chance = torch.Generator().manual_seed(3)
+    own = torch.randn(1, 9, 1, 16, generator=chance).mul(0.1)
+    own[..., :8] = 0
+    common = torch.arange(16.0).where(torch.arange(16) < 8, 0.0) * 8
+    keys = common + own
+    got, _ = Mustafar(0.5).decode(parts_of(Mustafar(0.5), keys, keys))
+    assert float((got - keys).abs().max()) < 1e-5
+
+
+def test_numbers_that_are_not_finite_stay_out_of_the_mean(parts_of: PartsOf) -> None:
+    keys = torch.ones(1, 4, 2, 8)
+    keys[0, 1, 0, 3], keys[0, 2, 1, 5] = torch.inf, torch.nan
+    means = parts_of(Mustafar(0.5), keys, keys)["key_means"]
+    expected = torch.ones(1, 2, 8)
+    expected[0, 0, 3] = expected[0, 1, 5] = 0.75
+    assert torch.equal(means, expected)
 
 
 def test_ties_stay_at_the_lower_channels() -> None:
     row = torch.tensor([1.0, -2.0, 2.0, 1.0, -1.0, 1.0, 2.0, 0.0]).expand(1, 1, 1, -1)
     parts = Mustafar(0.5).encode(row, row)
     # Channels 0, 1, 2 and 6, channel 0 in the lowest bit.
-    assert parts["key_bits"].flatten().tolist() == [0b01000111]
-    assert parts["keys"].flatten().tolist() == [1.0, -2.0, 2.0, 2.0]
+    assert parts["value_bits"].flatten().tolist() == [0b01000111]
+    assert parts["values"].flatten().tolist() == [1.0, -2.0, 2.0, 2.0]
+    # A key that is its page's mean has nothing else.
+    assert parts["key_bits"].flatten().tolist() == [0b00001111]
+    assert parts["keys"].flatten().tolist() == [0.0] * 4
     constant = torch.full((1, 1, 1, 16), -3.0)
-    assert Mustafar(0.7).encode(constant, constant)["key_bits"].flatten().tolist() == [31, 0]
+    assert Mustafar(0.7).encode(constant, constant)["value_bits"].flatten().tolist() == [31, 0]
 
 
 def test_every_row_keeps_as_many(rows: Rows, parts_of: PartsOf) -> None:
