@@ -78,7 +78,7 @@ class MadeEngine:
         answers = [TimedAnswer() for _ in range(batch)]
         everybody = threading.Event()
         # The engine's loop waits until all are there.
-        self.engine._command(lambda: _wait(everybody))
+        self.engine._commands.give(lambda: _wait(everybody))
         for row, answer in enumerate(answers):
             name = adapters[row % len(adapters)] if adapters else None
             self.engine.submit(self._request(name, prompt_tokens, new_tokens), answer.take)

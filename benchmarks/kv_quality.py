@@ -161,7 +161,7 @@ def main(
 ) -> None:
     """Perplexity, divergence and key retrieval of every KV format and selection."""
     console, size = Console(), QUICK if quick else FULL
-    chosen = named(ways(size.window), only)
+    chosen = named(ways(size.window, size.window // 2), only)
     checkpoint = open_checkpoint(None)
     if windows is not None:
         size = Size(**vars(size) | {"windows": windows})

@@ -8,7 +8,8 @@ pages that close now and then. Native full attention and the other way take turn
 keys and values, of which any are chosen as fast. Told as well is what the largest load holds in
 memory once its prompts are done, and how many tokens the default pool has room for.
 
-Selections have budgets for 4,096 tokens. XAttention is for prompts: answers are not concerned.
+Selections have budgets for 4,096 tokens, nearly all of them a prompt. XAttention is for prompts:
+answers are not concerned.
 """
 
 from __future__ import annotations
@@ -257,7 +258,7 @@ def main(
 ) -> None:
     """Times decode steps of every KV format and selection beside native full attention."""
     console, size = Console(), QUICK if quick else FULL
-    each = [way for way in ways(size.window) if way.prefill == "full"]
+    each = [way for way in ways(size.window, size.window) if way.prefill == "full"]
     chosen = [way for way in named(each, only) if way != NATIVE]
     checkpoint, kernels = open_checkpoint(None), kernels_for(CPU, DTYPE)
     kernels.enter_thread()

@@ -85,7 +85,8 @@ class Stepping:
     @property
     def held_bytes(self) -> int:
         """Of the pool, and outside of pages, by the sequences there are."""
-        pages = self._books.num_used_pages * self.spec.page_bytes * self.spec.config.num_layers
+        page_bytes = self.spec.page_bytes + self.spec.noted_bytes
+        pages = self._books.num_used_pages * page_bytes * self.spec.config.num_layers
         return pages + self.spec.open_bytes * len(self._sequences)
 
     @torch.inference_mode()

@@ -22,11 +22,11 @@ from polydelta.kernels.kv_selection import (
 NATIVE = Way()
 
 
-def ways(context: int) -> list[Way]:
+def ways(context: int, prompt: int) -> list[Way]:
     """Native full attention first. context: tokens that selections are made for: their budgets are
     the authors' defaults cut down to about a quarter of it, but for double sparsity, whose choice
-    is the finest, and h2o, whose numbers are shares of a prompt of half the context."""
-    part = context // 32
+    is the finest, and h2o, which keeps a fifth. prompt: how many of these tokens are one."""
+    part, share = context // 32, 0.1 * context / prompt
     selections = (
         f"window:4+{8 * part - 4}",
         # A quarter of what the tokens of an answer see on average, behind a prompt as long as it.
@@ -34,7 +34,7 @@ def ways(context: int) -> list[Way]:
         f"double-sparsity:{2 * part}",
         f"infllm:{part}+{4 * part}+{3 * part}",
         f"snapkv:{8 * part}",
-        "h2o:0.2+0.2",
+        f"h2o:{share:g}+{share:g}",
     )
     window, quest, *_ = selections
     return [

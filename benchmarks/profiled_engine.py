@@ -52,14 +52,14 @@ class ProfiledEngine:
         answers = [TimedAnswer() for _ in range(work.batch)]
         everybody, noted = threading.Event(), threading.Event()
         # The engine's loop waits until all are there, so that they share their first step.
-        self._engine._command(lambda: _wait(everybody))
+        self._engine._commands.give(lambda: _wait(everybody))
         for row, answer in enumerate(answers):
             self._engine.submit(self._request(row, work), answer.take)
         everybody.set()
         for answer in answers:
             answer.wait()
         # The last step hands its tokens out before it is noted, and that is before this.
-        self._engine._command(noted.set)
+        self._engine._commands.give(noted.set)
         noted.wait()
         return list(self._clock.steps)
 

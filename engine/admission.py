@@ -11,7 +11,8 @@ from typing import Any
 
 from polydelta.adapters_store.composition import sum_digest
 from polydelta.engine.adapter_entry import ResidencyState
-from polydelta.engine.kv_cache import BASE_NAMESPACE, KVCache
+from polydelta.engine.block_hashes import BASE_NAMESPACE
+from polydelta.engine.kv_cache import KVCache
 from polydelta.engine.pools import Pools
 from polydelta.engine.preemption import Preemption
 from polydelta.engine.residency import Residency

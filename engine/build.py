@@ -121,6 +121,7 @@ def assemble(
             decoder,
             kernels,
             spec,
+            rules,
             limits.max_batch_tokens,
             limits.max_batch_size,
             config.gpu_memory_utilization,

@@ -1,4 +1,4 @@
-"""A block that the prefix cache knows, and what is counted of all. Imports no torch."""
+"""The blocks that the prefix cache knows, and what is counted of them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,6 +24,33 @@ class CachedBlock:
     # once, and counted they outlived adapters that everybody uses (with room for 20 adapters and
     # traffic over 20, every second request had to load its own).
     hits: int = 0
+
+
+@dataclass
+class KnownBlocks:
+    """Those of chains: one that is known has all before it known."""
+
+    by_hash: dict[bytes, CachedBlock] = field(default_factory=dict)
+    by_page: dict[int, CachedBlock] = field(default_factory=dict)
+
+    def add(self, block: CachedBlock) -> None:
+        """Those before it are known."""
+        self.by_page[block.page] = self.by_hash[block.hash] = block
+        if block.before is not None:
+            self.by_hash[block.before].behind.add(block.hash)
+
+    def remove(self, block: CachedBlock) -> None:
+        """Those behind it were removed before."""
+        del self.by_hash[block.hash], self.by_page[block.page]
+        if block.before is not None:
+            self.by_hash[block.before].behind.remove(block.hash)
+
+    def behind(self, block: CachedBlock) -> list[CachedBlock]:
+        """Each after those before it."""
+        found = [self.by_hash[block_hash] for block_hash in block.behind]
+        for each in found:  # it grows meanwhile
+            found += [self.by_hash[block_hash] for block_hash in each.behind]
+        return found
 
 
 @dataclass

@@ -24,7 +24,7 @@ class EngineConfig:
     steps_ahead: int | None = None
     # Tokens of KV in one page, as the model computes it; other formats have more in as many bytes.
     block_size: int = 16
-    # How keys and values are stored: one of kv_composition.FORMATS.
+    # How keys and values are stored: a format of kv_composition.ROWS.
     kv_format: str = "native"
     # What queries read of them, such as "window:4+512" (kernels.kv_selection says more).
     kv_select: str = "full"
@@ -46,7 +46,8 @@ class EngineConfig:
     scheduling_policy: str = "fair"
     # Share of the pool that adapters have, and KV not, 0 to 1; None: they share all of it.
     adapter_share: float | None = None
-    # Host RAM for the KV of preempted requests; 0: it is recomputed.
+    # Host RAM for the KV of preempted requests, and for what the selection infllm seldom reads; 0:
+    # it is recomputed.
     host_kv_bytes: int = 0
     # Seconds to the first token, after which a request is refused rather than served; None: never.
     ttft_slo: float | None = None

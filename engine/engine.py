@@ -7,7 +7,6 @@ commands, and it talks back through each request's `on_output`.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections import deque
@@ -21,10 +20,10 @@ from polydelta.adapters_store.errors import InUseError
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.engine.adapter_control import AdapterControl
 from polydelta.engine.adapter_entry import AdapterPlace
-from polydelta.engine.detokenizer import Detokenizer
+from polydelta.engine.answers import Answers
+from polydelta.engine.commands import Commands, EngineDeadError
 from polydelta.engine.kv_setup import KVSetup
 from polydelta.engine.models.tokenizer import Tokenizer
-from polydelta.engine.outputs import deliver, last_output, output_of
 from polydelta.engine.request import (
     ErrorKind,
     FinishReason,
@@ -34,7 +33,7 @@ from polydelta.engine.request import (
 )
 from polydelta.engine.runner import LaunchedStep, Runner
 from polydelta.engine.scheduler import Scheduler
-from polydelta.engine.sequence import SampledToken, Schedule, Sequence
+from polydelta.engine.sequence import Schedule, Sequence
 from polydelta.engine.stats import EngineStats
 from polydelta.engine.stats_recorder import StatsRecorder
 from polydelta.engine.step_stats import StepClock, StepPhase
@@ -44,13 +43,7 @@ logger = logging.getLogger(__name__)
 # How long whoever asks for counts waits for the step at hand, in seconds.
 STATS_PATIENCE = 2.0
 
-Command = Callable[[], None]
-
 PLAIN = KVSetup()
-
-
-class EngineDeadError(RuntimeError):
-    """The engine's loop has ended; it takes no more requests."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,19 +89,15 @@ class Engine:
         self._stats = recorder.snapshot(scheduler)
         self._close = close
         self._check_integrity = check_integrity
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         # Set whenever there may be something to do: a command, or an adapter that was loaded.
         self._wake = wake
         self._stopping = False
-        # Guards the end: after it no command is taken that nobody would carry out.
-        self._closing = threading.Lock()
-        self._closed = False
-        self._sequences: dict[str, Sequence] = {}
-        self._texts: dict[Sequence, Detokenizer] = {}
+        self._answers = Answers(tokenizer, max_model_len, scheduler, runner, recorder)
         # Steps that were launched and whose tokens are not known yet, oldest first.
         self._under_way: deque[_StepUnderWay] = deque()
         self._last_completed = 0.0
         self._thread = threading.Thread(target=self._loop, name="polydelta-engine", daemon=True)
+        self._commands = Commands(wake, self._thread.is_alive)
 
     @property
     def max_batch_size(self) -> int:
@@ -142,35 +131,35 @@ class Engine:
     def submit(self, request: GenerationRequest, on_output: OutputHandler) -> None:
         """Thread-safe. Raises EngineDeadError; what is wrong with one request comes back as its
         output, with FinishReason.ERROR."""
-        sequence = Sequence(self._bounded(request), on_output)
-        if not self._command(lambda: self._add(sequence)):
+        sequence = Sequence(request.within(self.max_model_len), on_output)
+        if not self._commands.give(lambda: self._answers.add(sequence)):
             raise EngineDeadError("The engine is not running.")
 
     def abort(self, request_id: str) -> None:
         """Thread-safe. Drops a request, without a last output; its pages are free at once."""
-        self._command(lambda: self._abort(request_id))
+        self._commands.give(lambda: self._answers.abort(request_id))
 
     def load_adapter(self, ref: AdapterRef, pin: bool = False) -> Future[None]:
         """Thread-safe. Brings an adapter into the pool before anybody asks for it; with `pin`, it
         stays there. The future raises AdapterError, and EngineDeadError."""
-        return self._order(lambda done: self._adapters.load(ref, pin, done))
+        return self._commands.order(lambda done: self._adapters.load(ref, pin, done))
 
     def withdraw(self, order: Future[None]) -> None:
         """Thread-safe. Ends what `load_adapter` returned with AdapterError, unless it is done."""
-        self._command(lambda: self._adapters.withdraw(order))
+        self._commands.give(lambda: self._adapters.withdraw(order))
 
     def unpin_adapter(self, ref: AdapterRef) -> Future[None]:
         """Thread-safe. Lets the pool evict an adapter again."""
-        return self._order(lambda done: self._adapters.unpin(ref, done))
+        return self._commands.order(lambda done: self._adapters.unpin(ref, done))
 
     def evict_adapter(self, ref: AdapterRef) -> Future[None]:
         """Thread-safe. Takes an adapter out of the pool and host RAM; the future raises InUseError
         while it is used or pinned."""
-        return self._order(lambda done: self._evict_adapter(ref, done))
+        return self._commands.order(lambda done: self._evict_adapter(ref, done))
 
     def forget_adapter(self, ref: AdapterRef) -> None:
         """Thread-safe. A version was deleted: all memory that it has is freed."""
-        self._command(lambda: self._forget_adapter(ref))
+        self._commands.give(lambda: self._forget_adapter(ref))
 
     def adapter_place(self, ref: AdapterRef) -> AdapterPlace:
         """Thread-safe: where an adapter is at the moment."""
@@ -180,33 +169,16 @@ class Engine:
     def num_unfinished(self) -> int:
         """Requests that have not ended, orders that nobody took yet among them; any thread may
         ask."""
-        return len(self._sequences) + self._commands.qsize()
+        return len(self._answers) + len(self._commands)
 
     def stats(self) -> EngineStats:
         """Thread-safe, but for the engine's own thread: waits until the step at hand is done, so
         that whatever a client has seen is counted. A loop that is stuck or has ended leaves the
         last picture that there was."""
         taken = threading.Event()
-        if self._command(lambda: self._take_stats(taken)):
+        if self._commands.give(lambda: self._take_stats(taken)):
             taken.wait(STATS_PATIENCE)
         return self._stats
-
-    def _command(self, command: Command) -> bool:
-        """Whether the loop will carry the command out."""
-        with self._closing:
-            if self._closed or not self._thread.is_alive():
-                return False
-            self._commands.put(command)
-        self._wake.set()
-        return True
-
-    def _order(self, command: Callable[[Future[None]], None]) -> Future[None]:
-        done: Future[None] = Future()
-        # It cannot be cancelled: what was begun on the engine's thread is ended there.
-        done.set_running_or_notify_cancel()
-        if not self._command(lambda: command(done)):
-            done.set_exception(EngineDeadError("The engine is not running."))
-        return done
 
     def _loop(self) -> None:
         try:
@@ -239,7 +211,7 @@ class Engine:
         schedule = self._scheduler.schedule()
         failures = self._scheduler.take_failures()
         for failure in failures:
-            self._finish(failure.sequence, FinishReason.ERROR, failure.error)
+            self._answers.finish(failure.sequence, FinishReason.ERROR, failure.error)
         if schedule:
             clock.ended(StepPhase.SCHEDULE)
             step = self._runner.launch(schedule, self._scheduler.bound_adapter)
@@ -266,7 +238,7 @@ class Engine:
             now = time.perf_counter()
             self._recorder.step(done.schedule, tokens, now - max(done.began, self._last_completed))
             self._last_completed = now
-            self._hand_out(done.schedule, tokens)
+            self._answers.hand_out(done.schedule, tokens)
             clock.ended(StepPhase.OUTPUT)
         return completed
 
@@ -278,80 +250,12 @@ class Engine:
             self._wake.wait(self._scheduler.seconds_to_deadline())
 
     def _take_commands(self) -> None:
-        while (command := self._next_command()) is not None:
+        while (command := self._commands.take()) is not None:
             command()
-
-    def _next_command(self) -> Command | None:
-        try:
-            return self._commands.get_nowait()
-        except queue.Empty:
-            return None
-
-    def _add(self, sequence: Sequence) -> None:
-        if problem := self._problem(sequence):
-            self._recorder.finished(sequence, FinishReason.ERROR)
-            deliver(sequence, last_output(sequence, FinishReason.ERROR, RequestError(problem)))
-            return
-        self._texts[sequence] = Detokenizer(self.tokenizer, sequence.request.sampling)
-        self._sequences[sequence.id] = sequence
-        self._recorder.arrived(sequence)
-        self._scheduler.add(sequence)
 
     def _take_stats(self, taken: threading.Event) -> None:
         self._stats = self._recorder.snapshot(self._scheduler)
         taken.set()
-
-    def _problem(self, sequence: Sequence) -> str | None:
-        """What is wrong with the prompt; None when it can be served."""
-        if not sequence.num_prompt_tokens:
-            return "The prompt has no tokens; an answer needs at least one to follow."
-        if sequence.num_prompt_tokens < self.max_model_len:
-            return None
-        return (
-            f"The prompt has {sequence.num_prompt_tokens} tokens, but the context window is "
-            f"{self.max_model_len} tokens and an answer needs at least one of them."
-        )
-
-    def _bounded(self, request: GenerationRequest) -> GenerationRequest:
-        """The request with `max_tokens` cut to the context window."""
-        params = request.sampling
-        room = max(1, self.max_model_len - len(request.prompt_token_ids))
-        bounded = replace(params, max_tokens=min(params.max_tokens, room))
-        return replace(request, sampling=bounded)
-
-    def _abort(self, request_id: str) -> None:
-        if sequence := self._sequences.get(request_id):
-            self._scheduler.remove(sequence)
-            self._forget(sequence)
-            self._recorder.finished(sequence, FinishReason.ABORT)
-
-    def _hand_out(self, schedule: Schedule, tokens: list[SampledToken | None]) -> None:
-        for scheduled, token in zip(schedule, tokens, strict=True):
-            if token is None:
-                continue
-            sequence = scheduled.sequence
-            last = self._scheduler.is_full(sequence)
-            step = self._texts[sequence].push(token.token_id, last)
-            if step.finish_reason:
-                self._scheduler.remove(sequence)
-                self._forget(sequence)
-                self._recorder.finished(sequence, step.finish_reason)
-            deliver(sequence, output_of(sequence, token, step))
-
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        error: RequestError | None = None,
-    ) -> None:
-        """Ends a sequence that the scheduler no longer has."""
-        self._forget(sequence)
-        self._recorder.finished(sequence, reason, error)
-        deliver(sequence, last_output(sequence, reason, error))
-
-    def _forget(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.id], self._texts[sequence]
-        self._runner.forget(sequence)
 
     def _evict_adapter(self, ref: AdapterRef, done: Future[None]) -> None:
         try:
@@ -368,14 +272,13 @@ class Engine:
 
     def _end_all(self, reason: FinishReason, error: RequestError | None = None) -> None:
         self._stopping = True
-        with self._closing:
-            self._closed = True
+        self._commands.close()
         # After a failed step nothing is certain, but everybody gets an answer.
-        while (command := self._next_command()) is not None:
+        while (command := self._commands.take()) is not None:
             _try_to(command)
         _try_to(self._adapters.close)
-        for sequence in list(self._sequences.values()):
-            _try_to(partial(self._finish, sequence, reason, error))
+        for sequence in self._answers:
+            _try_to(partial(self._answers.finish, sequence, reason, error))
         # Nobody is left, whatever the scheduler has.
         self._stats = replace(
             self._recorder.snapshot(self._scheduler),

@@ -1,4 +1,6 @@
-"""Pages of KV in host RAM: where those of preempted sequences wait."""
+"""Pages of KV in host RAM: those of preempted sequences, which wait, and those that InfLLM seldom
+reads, where they lie.
+"""
 
 from __future__ import annotations
 

@@ -1,45 +1,31 @@
 """Block tables and the prefix cache: which pages hold the KV of which tokens. Imports no torch.
 
-A full block is known by a hash chained over all tokens that its KV depends on, mostly those up to
-its end, and over the name and digest of the adapter version that computes each block, so that no
-two variants ever share KV, a new version under an old name finds nothing of the old one, and
-whoever finds a block may use the adapter that made it. A request's salt sets it apart from those
-with other salts. Blocks before the token from which an activated LoRA acts are the base's, and
-shared with it.
+A full block is known by its hash (`block_hashes.py`).
 
 Blocks depend on each other: one that is known is found only behind all before it in its chain.
 So whoever uses a block uses those before it too, and one that leaves takes along those behind it,
 which nobody uses then. Mostly these have left already: the end of a chain is retired first, and its
 blocks are found no more often than those before them. But who gives blocks back in the middle, as
 it reads them no more, uses those behind them: they stay, and nobody finds them again.
-
-Where an adapter puts n virtual tokens before the sequence, the first n % block_size places of the
-sequence's first page are theirs, copied from the adapter's pages. They need no hash of their own:
-the adapter's digest stands for them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-from array import array
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 
 from polydelta.adapters_store.reference import AdapterRef
+from polydelta.engine.block_hashes import BlockHashes
 from polydelta.engine.blocks import Blocks
-from polydelta.engine.cached_block import CachedBlock, PrefixCacheStats
+from polydelta.engine.cached_block import CachedBlock, KnownBlocks, PrefixCacheStats
 from polydelta.engine.eviction import CostModel, EvictionReason
 from polydelta.engine.host_pages import DistantPages
 from polydelta.engine.kv_rules import KVRules
 from polydelta.engine.pool import PagePool
 from polydelta.engine.sequence import GIVEN_BACK, Sequence
-
-BASE_NAMESPACE = "base"
-
-HASH_BYTES = 16
 
 
 @dataclass
@@ -58,15 +44,16 @@ class KVCache:
     stats: PrefixCacheStats = field(default_factory=PrefixCacheStats)
     # Users of each page in a block table.
     _users: Counter[int] = field(default_factory=Counter)
-    _by_hash: dict[bytes, CachedBlock] = field(default_factory=dict)
-    _by_page: dict[int, CachedBlock] = field(default_factory=dict)
+    _known: KnownBlocks = field(default_factory=KnownBlocks)
     # Slots that were given back, lowest on top; all beyond the highest that was taken are free too.
     _free_slots: list[int] = field(default_factory=list)
     _num_slots: int = 0
     _blocks: Blocks = field(init=False)
+    _hashes: BlockHashes = field(init=False)
 
     def __post_init__(self) -> None:
         self._blocks = Blocks(self.block_size)
+        self._hashes = BlockHashes(self.rules, self._blocks)
 
     @property
     def num_used_pages(self) -> int:
@@ -113,11 +100,11 @@ class KVCache:
         """
         if not self.prefix_caching:
             return []
-        self._extend_hashes(sequence, namespace)
+        self._hashes.extend(sequence, namespace)
         pages: list[int] = []
         most = min(sequence.num_tokens - 1, self.rules.num_publishable(sequence))
         for block_hash in sequence.block_hashes[: self._blocks.full(sequence, most)]:
-            block = self._by_hash.get(block_hash)
+            block = self._known.by_hash.get(block_hash)
             if block is None:
                 break
             pages.append(block.page)
@@ -138,7 +125,7 @@ class KVCache:
         sequence.slot = heapq.heappop(self._free_slots) if self._free_slots else self._num_slots
         self._num_slots = max(self._num_slots, sequence.slot + 1)
         for page in prefix:
-            block = self._by_page[page]
+            block = self._known.by_page[page]
             self._use(block)
             block.hits += 1
         sequence.block_table = list(prefix)
@@ -160,15 +147,15 @@ class KVCache:
         """Makes the sequence's full, computed blocks known to others."""
         if not self.prefix_caching or any(map(self.is_gone, sequence.adapter_refs)):
             return
-        self._extend_hashes(sequence, namespace)
+        self._hashes.extend(sequence, namespace)
         publishable = min(self.rules.num_publishable(sequence), sequence.num_known)
         full = self._blocks.full(sequence, min(sequence.num_computed, publishable))
         for index in range(sequence.num_published, full):
             page, block_hash = sequence.block_table[index], sequence.block_hashes[index]
-            known = self._by_hash.get(block_hash)
+            known = self._known.by_hash.get(block_hash)
             if known is None:
                 # Nobody would find it where the one before it is not known any more.
-                if not index or sequence.block_hashes[index - 1] in self._by_hash:
+                if not index or sequence.block_hashes[index - 1] in self._known.by_hash:
                     self._add(sequence, index)
             else:
                 # Another sequence was faster with the same block: its page does for both, and is
@@ -190,9 +177,15 @@ class KVCache:
             del sequence.block_table[staying:]
 
     def leaves_pages(self, sequence: Sequence) -> bool:
-        """Whether there may be blocks that it reads no more, or seldom."""
-        unread = self.rules.unread(sequence, sequence.num_computed)
-        return bool(unread or (self.distant is not None and self.rules.distant(sequence)))
+        """Whether it has blocks that it reads no more, or seldom."""
+        table = sequence.block_table
+        unread = self._to_leave(sequence, self.rules.unread(sequence, sequence.num_computed))
+        if unread and table[unread[-1]] != GIVEN_BACK:
+            return True
+        if self.distant is None:
+            return False
+        seldom = self._to_leave(sequence, self.rules.distant(sequence))
+        return any(not self.distant.has(table[index]) for index in seldom)
 
     def leave_pages(self, sequence: Sequence) -> None:
         """Gives back blocks that it reads no more, and moves those that it seldom reads to host
@@ -220,8 +213,6 @@ class KVCache:
         if not self.rules.by_page:
             return computed, self.pages_for(sequence, computed) if computed else 0
         pages = self._blocks.full(sequence, computed)
-        while not self.rules.may_begin_at(sequence, self._blocks.tokens_in(sequence, pages)):
-            pages -= 1
         return self._blocks.tokens_in(sequence, pages), pages
 
     def release(self, sequence: Sequence, comes_back: bool = False) -> None:
@@ -239,21 +230,18 @@ class KVCache:
 
     def drop(self, ref: AdapterRef) -> None:
         """A version is gone: frees the blocks that it made and nobody uses."""
-        for block in list(self._by_hash.values()):
+        for block in list(self._known.by_hash.values()):
             made_by = any(share.ref == ref for share in block.adapters)
             # One that stood behind another has left with it.
-            if made_by and block.hash in self._by_hash and block.page not in self._users:
+            if made_by and block.hash in self._known.by_hash and block.page not in self._users:
                 self.pool.evict(block.hash, EvictionReason.DELETED)
 
     def _add(self, sequence: Sequence, index: int) -> None:
         """Makes a block of a sequence known; those before it are."""
         page, block_hash = sequence.block_table[index], sequence.block_hashes[index]
-        adapters = () if self._is_of_base(sequence, index) else sequence.adapters
+        adapters = () if self._hashes.is_of_base(sequence, index) else sequence.adapters
         before = sequence.block_hashes[index - 1] if index else None
-        block = CachedBlock(page, block_hash, adapters, before)
-        self._by_page[page] = self._by_hash[block_hash] = block
-        if before is not None:
-            self._by_hash[before].behind.add(block_hash)
+        self._known.add(CachedBlock(page, block_hash, adapters, before))
 
     def _use(self, block: CachedBlock) -> None:
         """One more block table has it."""
@@ -272,7 +260,7 @@ class KVCache:
         if self._users[page]:
             return
         del self._users[page]
-        block = self._by_page.get(page)
+        block = self._known.by_page.get(page)
         if block is None:
             self.pool.free([page])
             return
@@ -298,52 +286,10 @@ class KVCache:
         return range(blocks.start, min(blocks.stop, known))
 
     def _forget(self, block: CachedBlock, reason: EvictionReason) -> None:
-        for behind in reversed(self._all_behind(block)):
-            if self._by_hash[behind].page in self._users:
-                self._remove(self._by_hash[behind])
+        for behind in reversed(self._known.behind(block)):
+            if behind.page in self._users:
+                self._known.remove(behind)
             else:
-                self.pool.evict(behind, reason)
-        self._remove(block)
+                self.pool.evict(behind.hash, reason)
+        self._known.remove(block)
         self.stats.evictions[reason] += 1
-
-    def _remove(self, block: CachedBlock) -> None:
-        """It is not known any more; those behind it were removed before."""
-        del self._by_hash[block.hash], self._by_page[block.page]
-        if block.before is not None:
-            self._by_hash[block.before].behind.remove(block.hash)
-
-    def _all_behind(self, block: CachedBlock) -> list[bytes]:
-        """Hashes of the blocks behind one, each after those before it."""
-        found = list(block.behind)
-        for block_hash in found:  # it grows meanwhile
-            found += self._by_hash[block_hash].behind
-        return found
-
-    def _first_hash(self, sequence: Sequence) -> bytes:
-        """What chains begin with: different salts share no block, nor do different ways to compute
-        the same tokens."""
-        salt, namespace = sequence.request.cache_salt, self.rules.namespace(sequence)
-        way = hashlib.blake2b(namespace.encode(), digest_size=hashlib.blake2b.PERSON_SIZE)
-        return hashlib.blake2b(salt.encode(), digest_size=HASH_BYTES, person=way.digest()).digest()
-
-    def _is_of_base(self, sequence: Sequence, block: int) -> bool:
-        """Whether the bare base computes the block, with nothing before it that is not its own."""
-        last = self.rules.depends_on(sequence, self._blocks.tokens_in(sequence, block + 1))
-        return not sequence.num_prefix_tokens and last <= sequence.activation
-
-    def _extend_hashes(self, sequence: Sequence, namespace: str) -> None:
-        """Of blocks that may be published."""
-        hashes = sequence.block_hashes
-        known = min(sequence.num_known, self.rules.num_publishable(sequence))
-        for block in range(len(hashes), self._blocks.full(sequence, known)):
-            start, stop = (self._blocks.tokens_in(sequence, count) for count in (block, block + 1))
-            base = self._is_of_base(sequence, block)
-            # Equal tokens are not enough where the adapter begins to act within the block: where
-            # that is depends on the rest of the prompt.
-            acts_from = 0 if base else max(0, sequence.activation - start)
-            before = hashes[-1] if hashes else self._first_hash(sequence)
-            name = (BASE_NAMESPACE if base else namespace).encode() + b"\0"
-            tokens = sequence.token_ids[start : self.rules.depends_on(sequence, stop)]
-            content = array("q", [acts_from, *tokens]).tobytes()
-            block_hash = hashlib.blake2b(before + name + content, digest_size=HASH_BYTES)
-            hashes.append(block_hash.digest())

@@ -84,12 +84,16 @@ class Row:
 
 
 _BY_TOKEN = ("native", "int8")
-_BY_PAGE = ("fp8", "int4", "mustafar-50", "mustafar-70", "kivi-4", "kivi-2", "gear")
+_UNROTATED = ("fp8", "mustafar-50", "mustafar-70", "kivi-4", "kivi-2", "gear")
+# What a few channels had is spread over all of them.
+_ROTATED = ("int4",)
+_BY_PAGE = (*_UNROTATED, *_ROTATED)
 _VOTES_TOGETHER = f"the last {SnapKV.window} tokens together"
 
 ROWS = (
     Row(Option.FORMAT, _BY_TOKEN, Shared.PAGES),
-    Row(Option.FORMAT, _BY_PAGE, Shared.PAGES),
+    Row(Option.FORMAT, _UNROTATED, Shared.PAGES),
+    Row(Option.FORMAT, _ROTATED, Shared.PAGES),
     Row(Option.SELECT, ("full",), Shared.PAGES, per_request=PerRequest.ALWAYS),
     Row(
         Option.SELECT,
@@ -110,6 +114,8 @@ ROWS = (
         Option.SELECT,
         ("double-sparsity",),
         Shared.PROMPT_PAGES,
+        # Its labels are channels that matter more than others.
+        apart=_ROTATED,
         per_request=PerRequest.SAME_KIND,
         needs=LABELS,
         sliding_windows=False,

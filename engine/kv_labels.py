@@ -64,8 +64,8 @@ def read_labels(path: Path, model: ModelConfig, model_id: str) -> Tensor:
     count = model.head_dim // DoubleSparsity.label_share
     shape = (model.num_layers, model.num_kv_heads, count)
     try:
-        channels = torch.tensor(fields.get("channels"), dtype=torch.int64)
-        fits = channels.shape == shape
+        channels = torch.tensor(fields.get("channels"))
+        fits = channels.shape == shape and channels.dtype == torch.int64
     except (TypeError, ValueError, RuntimeError, OverflowError):
         fits = False
     # Ascending, so that none is there twice.

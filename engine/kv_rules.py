@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from polydelta.engine.kv_composition import Option, row_of
 from polydelta.engine.sequence import ScheduledSequence, Sequence
 from polydelta.kernels.kv_selection import (
     BY_QUERY,
@@ -45,10 +46,15 @@ class KVRules:
         """The selection that a sequence reads with."""
         return sequence.request.kv_select or self.selection
 
+    def of_prompts(self, selection: Selection) -> Selection:
+        """What prompts are read with where answers are read with the selection."""
+        return self.prefill or (FULL if isinstance(selection, BY_QUERY) else selection)
+
     def problem(self, sequence: Sequence, max_batch_tokens: int, max_batch_size: int) -> str | None:
         """Why a sequence can never run, whose adapters are known; None where it can."""
         selection = self.of(sequence)
-        if isinstance(selection, EVICTING) and sequence.num_prefix_tokens:
+        may_follow = row_of(Option.SELECT, selection.name).virtual_tokens
+        if sequence.num_prefix_tokens and not may_follow:
             return (
                 f"KV selection {selection} evicts tokens of its own pages only, but the adapter "
                 "puts virtual tokens before the prompt, in pages that others read too: use another "
@@ -125,8 +131,7 @@ class KVRules:
         selection = self.of(item.sequence)
         num_prompt = max(0, min(item.stop, item.sequence.num_prompt_tokens) - item.start)
         num_answers = item.num_tokens - num_prompt
-        by_query = isinstance(selection, BY_QUERY)
-        of_prompt = self.prefill or (FULL if by_query else selection)
+        of_prompt = self.of_prompts(selection)
         if of_prompt == selection:
             return [(item.num_tokens, selection)]
         prompt = [(num_prompt, of_prompt)] if num_prompt else []
@@ -136,7 +141,7 @@ class KVRules:
             inside = min(num_prompt, -(virtual + item.start) % block)
             pieces = ((inside, FULL), (num_prompt - inside, of_prompt))
             prompt = [(rows, reads) for rows, reads in pieces if rows]
-        if by_query:
+        if isinstance(selection, BY_QUERY):
             return prompt + [(1, selection)] * num_answers
         return prompt + ([(num_answers, selection)] if num_answers else [])
 

@@ -69,6 +69,15 @@ class KVSetup:
         )
         if said := problem(setup):
             raise ValueError(said)
+        if (
+            config.kv_labels is not None
+            and row_of(Option.SELECT, setup.selection.name).needs != LABELS
+        ):
+            reading = [name for row in ROWS if row.needs == LABELS for name in row.names]
+            raise ValueError(
+                f"kv_labels {config.kv_labels} is not read with kv_select {setup.selection}: leave "
+                f"it out, or use kv_select {', '.join(reading)}."
+            )
         return setup
 
 

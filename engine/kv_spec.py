@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from polydelta.engine.models.config import ModelConfig
+from polydelta.kernels.kv_eviction import NOTED_BYTES
 from polydelta.kernels.kv_formats.by_name import FORMATS
 from polydelta.kernels.kv_formats.format import KVFormat, KVShape
 from polydelta.kernels.kv_layout import PageLayout
 from polydelta.kernels.kv_memory import KVKind
 from polydelta.kernels.kv_sections import page_layout_for
-from polydelta.kernels.kv_selection import FULL, Selection, Window
+from polydelta.kernels.kv_selection import FULL, H2O, Selection, Window
 from polydelta.kernels.ops import AttentionShape
 
 
@@ -82,10 +83,18 @@ class KVSpec:
         tokens = 2 * self.config.kv_size * self.block_size * self.dtype.itemsize
         return tokens * self.config.num_layers
 
+    @property
+    def noted_bytes(self) -> int:
+        """Of what the server's own selection keeps beside a page, of each layer."""
+        if not isinstance(self.selection, H2O):
+            return 0
+        return self.block_size * self.config.num_kv_heads * NOTED_BYTES
+
     def pages_in(self, pool_bytes: int, max_batch_size: int) -> int:
         """Of a pool, which also pays for what sequences have outside of pages."""
         left = pool_bytes - self.open_bytes * (max_batch_size + 1)
-        return max(0, left) // (self.page_bytes * self.config.num_layers)
+        page_bytes = self.page_bytes + self.noted_bytes
+        return max(0, left) // (page_bytes * self.config.num_layers)
 
     @property
     def read_at_most(self) -> int | None:

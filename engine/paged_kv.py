@@ -15,6 +15,7 @@ from polydelta.kernels.kv_attention import KVAttention, KVKernels
 from polydelta.kernels.kv_memory import KVMemory, decode_pages
 from polydelta.kernels.kv_selection import FULL
 from polydelta.kernels.ops import Kernels, SequenceSlice
+from polydelta.kernels.upload import upload
 
 
 class PagedKV:
@@ -110,9 +111,9 @@ class PagedKV:
             if not self._spec.format.by_page:
                 self._storage[:, each.target] = self._storage[:, each.source]
                 continue
+            source = upload([each.source], self.device)
             for layer, memory in enumerate(self._memories):
                 kind = self._attention(self._windows[layer]).kind
-                source = torch.tensor([each.source], device=self.device)
                 keys, values = decode_pages(kind, memory, source)
                 assert memory.open is not None
                 tokens = torch.stack((keys[0], values[0]), 1)[: each.num_tokens]
@@ -123,12 +124,17 @@ class PagedKV:
         the format is by page."""
         if not self._spec.format.by_page:
             return
+        pages, slots = upload([page, slot], self.device).split(1)
         for layer, memory in enumerate(self._memories):
             assert memory.open is not None
             # As if its last token came again and again, which changes no bounds.
             memory.open[slot, num_tokens:] = memory.open[slot, num_tokens - 1]
-            pages, slots = (torch.tensor([one], device=self.device) for one in (page, slot))
             self._attention(self._windows[layer]).encode_open(memory, layer, pages, slots)
+
+    def forget(self, slot: int) -> None:
+        """The slot's sequence has left: drops what is kept of it beside its pages."""
+        for attention in self._attentions.values():
+            attention.forget(slot)
 
     def _plan(self, window: int | None, slices: Sequence[SequenceSlice]) -> Any:
         if self.is_plain:

@@ -18,7 +18,8 @@ from polydelta.engine.paged_kv import PagedKV
 from polydelta.kernels.ops import Kernels, RecordedStep
 
 # Kept at a time; the one that was not used for the longest goes. A GPU has 23 sizes, each with and
-# without adapters.
+# without adapters, of the kind of attention that the server's own selection asks for; those that
+# requests ask for besides take the places of sizes that are seldom seen.
 MOST_RECORDINGS = 48
 
 # Rows, whether any adapter acts on them, and whether attention is the plain one.

@@ -172,6 +172,12 @@ class GenerationRequest:
     # By time.monotonic.
     arrived: float = field(default_factory=time.monotonic)
 
+    def within(self, max_model_len: int) -> GenerationRequest:
+        """With `max_tokens` cut to what a context window of so many tokens leaves the answer."""
+        room = max(1, max_model_len - len(self.prompt_token_ids))
+        params = replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room))
+        return replace(self, sampling=params)
+
 
 # Called on the engine's thread: must only hand the output on, never wait.
 OutputHandler = Callable[[RequestOutput], None]

@@ -29,6 +29,7 @@ from polydelta.engine.prefix_kv import fill_prefix
 from polydelta.engine.recorded_steps import RecordedSteps
 from polydelta.engine.sampler import SampledTokens, Sampler
 from polydelta.engine.sequence import SampledToken, Schedule, Sequence as TokenSequence
+from polydelta.kernels.kv_selection import EVICTING, FULL
 from polydelta.kernels.ops import Kernels, SequenceSlice
 from polydelta.kernels.sampling import SamplingRows
 from polydelta.kernels.upload import upload
@@ -97,6 +98,8 @@ class Runner:
         # What the last step has sampled, and the place of each sequence in it.
         self._last_tokens = torch.empty(0, dtype=torch.int64, device=kernels.device)
         self._last_places: dict[TokenSequence, int] = {}
+        # By slot, those of which tokens leave.
+        self._evicting: dict[int, TokenSequence] = {}
 
     @property
     def device(self) -> torch.device:
@@ -120,36 +123,51 @@ class Runner:
 
     @torch.inference_mode()
     def record_ahead(self, most_rows: int, report: Callable[[int, int], None]) -> None:
-        """Records decode steps of all sizes, with and without adapters, computes a prefill and
-        draws a token, so that no request waits for what is compiled.
+        """Records decode steps of all sizes as the server reads KV by itself, with and without
+        adapters, or computes them once; computes prompts and draws a token. So no request waits
+        for what is compiled, unless it asks to read otherwise.
 
         most_rows: sequences at the same time; report: given how many sizes are done, of all.
         """
         sizes = self._kernels.sizes_to_record(most_rows)
         if not sizes:
             return
-        config, device = self._decoder.config, self._kernels.device
-        # A bias of zero for one column of each linear layer, read from a page that is still empty.
+        config, device, size = self._decoder.config, self._kernels.device, self._spec.block_size
+        # A bias of zero for one column of each linear layer, read from a page that stays empty.
         zero = PackedVector(0, 1, torch.float32)
         biases = tuple(PackedBias(linear, 0, zero) for linear in range(LINEARS_PER_LAYER))
         layer = PackedLayer(torch.empty(0, dtype=torch.uint8), biases)
         packed = PackedAdapter("", self._spec.dtype, (layer,) * config.num_layers)
         idle = PoolAdapter(packed, self._storage, (0,), self._kernels)
+        selection = self._rules.selection
         for done, rows in enumerate(sizes):
             report(done, len(sizes))
-            batch = build_batch((), self._spec.block_size, device).padded(rows)
+            batch = build_batch((), size, device).padded(rows)
+            nobody = [replace(part, selection=selection) for part in batch.slices]
+            # Steps that cannot be recorded do something with a page that becomes full, here with
+            # the first one's. What evicts reads as full does.
+            reads = FULL if isinstance(selection, EVICTING) else selection
+            filling = [
+                SequenceSlice(row, 1, 1 if row else size, (1,), reads, self._spare_slot)
+                for row in range(rows)
+            ]
             for segments in ((), (AdapterSegment(0, 1, idle),)):
-                self._kv.prepare(batch.slots, batch.slices)
+                self._kv.prepare(batch.slots, nobody)
                 self._deltas.begin(segments)
-                self._recorded.compute(batch)
+                if self._recorded.compute(batch) is None:
+                    self._kv.prepare(batch.slots, filling)
+                    hidden = self._decoder.hidden_states(batch.tokens, batch.positions, self._kv)
+                    self._decoder.logits(hidden)
         # More rows than any recording has.
-        rows = min(max(sizes) + 1, self._storage.shape[1] * self._spec.block_size)
-        pages = range(-(-rows // self._spec.block_size))
-        batch = build_batch((), self._spec.block_size, device).padded(rows)
-        whole = SequenceSlice(0, rows, rows, pages, slot=self._spare_slot)
-        self._kv.prepare(batch.slots, [whole])
-        self._deltas.begin([AdapterSegment(0, rows, idle)])
-        hidden = self._decoder.hidden_states(batch.tokens, batch.positions, self._kv)
+        rows = min(max(sizes) + 1, (self._storage.shape[1] - 1) * size)
+        pages = range(1, 1 + -(-rows // size))
+        batch = build_batch((), size, device).padded(rows)
+        for chosen in dict.fromkeys((FULL, self._rules.of_prompts(selection))):
+            whole = SequenceSlice(0, rows, rows, pages, chosen, self._spare_slot, prompt=rows)
+            self._kv.prepare(batch.slots, [whole])
+            self._deltas.begin([AdapterSegment(0, rows, idle)])
+            hidden = self._decoder.hidden_states(batch.tokens, batch.positions, self._kv)
+        self._kv.forget(self._spare_slot)
         half = torch.full((1,), 0.5, dtype=torch.float64, device=device)
         any_token = SamplingRows(half, torch.zeros_like(half), half, half, half)
         self._kernels.sample(self._decoder.logits(hidden[:1]), any_token)
@@ -173,6 +191,7 @@ class Runner:
         self, schedule: Schedule, bound: Callable[[AdapterRef], PoolAdapter]
     ) -> LaunchedStep:
         """Begins to compute a step; may return before it is done."""
+        self._note_evicting(schedule)
         batch = build_batch(schedule, self._spec.block_size, self._kernels.device, self._rules)
         if batch.unknown:
             batch = self._with_last_tokens(batch)
@@ -182,6 +201,17 @@ class Runner:
         self._last_tokens = sampled.tokens
         self._last_places = {sequence: place for place, sequence in enumerate(sequences)}
         return LaunchedStep(schedule, sequences, sampled)
+
+    def _note_evicting(self, schedule: Schedule) -> None:
+        """Drops what was kept of sequences that have left, or were preempted, where no other one
+        takes over the slot."""
+        for item in schedule:
+            if isinstance(self._rules.of(item.sequence), EVICTING):
+                self._evicting[item.sequence.slot] = item.sequence
+        for slot, sequence in list(self._evicting.items()):
+            if sequence.slot != slot:
+                self._kv.forget(slot)
+                del self._evicting[slot]
 
     def _with_last_tokens(self, batch: Batch) -> Batch:
         """Tokens that the last step samples, taken from where it puts them."""

@@ -149,6 +149,10 @@ class KVAttention:
             rows = queries[part.start : part.start + part.length]
             self._eviction.after(part, layer, memory, rows)
 
+    def forget(self, slot: int) -> None:
+        """The slot's sequence has left: drops what was kept for its tokens to leave."""
+        self._eviction.forget(slot)
+
     def read(
         self, part: KVRound, layer: int, memory: KVMemory, queries: Tensor, out: Tensor
     ) -> None:

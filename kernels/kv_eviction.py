@@ -23,10 +23,14 @@ from polydelta.kernels.ops import SequenceSlice
 # Tokens that are decoded and looked at together.
 _AT_ONCE = 1024
 
+# Kept of each token that h2o holds for a kv head of a layer, at most: the attention that it has
+# received, and its position.
+NOTED_BYTES = torch.float64.itemsize + torch.int64.itemsize
+
 
 @dataclass(eq=False)
 class SequenceState:
-    """What one layer knows of a sequence."""
+    """What one layer knows of a sequence; with SnapKV the count alone."""
 
     # Attention that each token has received, [kv_heads, tokens] float64, dense: of a prompt by
     # position, of an answer by place.
@@ -85,7 +89,8 @@ class Eviction:
         self._check(part)
         which = (layer, part.slot)
         if part.context == part.length:
-            shape = (self.kind.shape.num_kv_heads, part.prompt)
+            tokens = part.prompt if isinstance(part.selection, H2O) else 0
+            shape = (self.kind.shape.num_kv_heads, tokens)
             received = torch.zeros(shape, dtype=torch.float64, device=self.device)
             self._sequences[which] = SequenceState(received, received[:, :0].long())
         sequence = self._sequences[which]
@@ -95,10 +100,19 @@ class Eviction:
             case H2O():
                 sequence.received[:, : part.context] += self.received(part, memory, queries)
                 if part.context == part.prompt:
-                    self._shrink(part.selection, sequence, part, memory)
+                    sequence.received, sequence.positions = self._shrunk(
+                        part.selection, part, memory, sequence.received
+                    )
+                    sequence.count = part.prompt
             case SnapKV(window=window) if not sequence.count and part.context == part.prompt:
-                sequence.received = self.received(part, memory, queries[-window:])
-                self._shrink(part.selection, sequence, part, memory)
+                received = self.received(part, memory, queries[-window:])
+                self._shrunk(part.selection, part, memory, received)
+                sequence.count = part.prompt
+
+    def forget(self, slot: int) -> None:
+        """The slot's sequence has left."""
+        for which in [each for each in self._sequences if each[1] == slot]:
+            del self._sequences[which]
 
     def _check(self, part: SequenceSlice) -> None:
         if self.kind.shape.window is not None:
@@ -106,22 +120,16 @@ class Eviction:
         if isinstance(part.selection, H2O) and self.kind.format.by_page:
             raise ValueError(f"h2o cannot evict from pages of {self.kind.format.name}.")
 
-    def _shrink(
-        self,
-        selection: SnapKV | H2O,
-        sequence: SequenceState,
-        part: SequenceSlice,
-        memory: KVMemory,
-    ) -> None:
-        """Leaves of a prompt what stays."""
+    def _shrunk(
+        self, selection: SnapKV | H2O, part: SequenceSlice, memory: KVMemory, received: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Leaves of a prompt what stays -> the attention that it stands for, and its positions."""
         kept = selection.kept(part.prompt)
-        stays = _staying(selection, sequence.received, kept)
-        sequence.positions = _places(stays)
+        stays = _staying(selection, received, kept)
+        positions = _places(stays)
         if kept < part.prompt:
-            sequence.received = self._merge(
-                part, memory, sequence.received, sequence.positions, _places(~stays)
-            )
-        sequence.count = part.prompt
+            received = self._merge(part, memory, received, positions, _places(~stays))
+        return received, positions
 
     def replace(
         self,

@@ -175,7 +175,8 @@ static float product(const uint16_t *a, const uint16_t *b, int64_t dim) {
     return _mm512_reduce_add_ps(sum);
 }
 
-/* Among the tokens but one, that with the key most like it; -1 where none is like it enough. */
+/* Among the tokens but one, that with the key most like it, of equal ones the first; -1 where none is
+ * like it enough. */
 static int64_t most_like(const KVReplacing *of, int64_t head, int64_t leaving) {
     const int64_t dim = of->cache.layout->head_dim;
     const KVPlan plan = {.pages = of->pages};
@@ -183,18 +184,34 @@ static int64_t most_like(const KVReplacing *of, int64_t head, int64_t leaving) {
     const KVSlice slice = {.context = of->kept + 1};
     uint16_t leaving_room[KEYS * MOST_HEAD_DIM], room[KEYS * MOST_HEAD_DIM];
     const uint16_t *key = read_token(leaving_room, of, KEY_SIDE, leaving, head), *rows[KEYS];
-    const float length = sqrtf(product(key, key, dim));
-    float best = of->similarity;
+    uint32_t packed[MOST_HEAD_DIM / 2 * KEYS];
+    float products[SCORE_ROWS][KEYS], likeness[16], best = of->similarity;
+    const __m512 length = _mm512_set1_ps(sqrtf(product(key, key, dim)));
     int64_t found = -1;
     for (int64_t first = 0; first <= of->kept; first += KEYS) {
-        const int64_t count = least(KEYS, of->kept + 1 - first);
+        const int64_t stop = least(KEYS, of->kept + 1 - first);
         Tile tile;
-        find_tokens(&tile, &reading, &slice, NULL, first, count);
+        find_tokens(&tile, &reading, &slice, NULL, first, stop);
         load_rows(rows, room, &of->cache, KEY_SIDE, head, &tile);
-        for (int64_t i = 0; i < count; i++) {
-            const float lengths = length * sqrtf(product(rows[i], rows[i], dim));
-            const float likeness = lengths > 0 ? product(key, rows[i], dim) / lengths : 0;
-            if (likeness > best && first + i != leaving) best = likeness, found = first + i;
+        pack_keys(packed, rows, dim);
+        SCORE[1](products, &key, packed, dim / 2);
+        for (int64_t i = 0; i < stop; i += 16) {
+            __m512 squares = _mm512_setzero_ps();
+            for (int64_t pair = 0; pair < dim / 2; pair++) {
+                const __m512bh both = (__m512bh)_mm512_loadu_si512(packed + pair * KEYS + i);
+                squares = _mm512_dpbf16_ps(squares, both, both);
+            }
+            const __m512 lengths = _mm512_mul_ps(length, _mm512_sqrt_ps(squares));
+            const __mmask16 some = first_lanes(stop - i) &
+                                   _mm512_cmp_ps_mask(lengths, _mm512_setzero_ps(), _CMP_GT_OQ);
+            const __m512 each = _mm512_loadu_ps(products[0] + i);
+            const __m512 alike = _mm512_maskz_div_ps(some, each, lengths);
+            uint32_t near = _mm512_cmp_ps_mask(alike, _mm512_set1_ps(best), _CMP_GT_OQ);
+            _mm512_storeu_ps(likeness, alike);
+            for (; near; near &= near - 1) {
+                const int64_t lane = __builtin_ctz(near), token = first + i + lane;
+                if (token != leaving && likeness[lane] > best) best = likeness[lane], found = token;
+            }
         }
     }
     return found;

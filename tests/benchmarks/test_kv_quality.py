@@ -44,7 +44,7 @@ def outcome(way: Way, *losses: float) -> Outcome:
 
 
 def test_every_format_and_selection_is_there_and_native_full_attention_comes_first() -> None:
-    each = ways(4096)
+    each = ways(4096, 2048)
     assert each[0] == NATIVE
     assert {way.format for way in each} == set(FORMATS)
     assert {way.selection.partition(":")[0] for way in each} == set(SELECTIONS)
@@ -53,10 +53,10 @@ def test_every_format_and_selection_is_there_and_native_full_attention_comes_fir
 
 
 def test_ways_are_named_without_their_numbers() -> None:
-    chosen = named(ways(4096), "quest, int4+quest")
+    chosen = named(ways(4096, 2048), "quest, int4+quest")
     assert [way.name for way in chosen] == ["native", "quest:768", "int4, quest:768"]
     with pytest.raises(typer.BadParameter, match="'qest' is not one of native, int8"):
-        named(ways(4096), "qest")
+        named(ways(4096, 2048), "qest")
 
 
 def test_the_text_is_long_enough_and_calibration_reads_none_of_what_is_measured(text: Text) -> None:

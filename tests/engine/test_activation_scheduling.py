@@ -90,7 +90,7 @@ def test_one_that_is_never_activated_is_the_base_to_its_last_block(world: Worlds
     assert with_adapter.activation == NEVER
     assert with_adapter.token_ids == plain.token_ids
     assert answer(w, plain.token_ids, "y") == 16
-    for block in w.kv._by_hash.values():
+    for block in w.kv._known.by_hash.values():
         assert block.adapters == ()
 
 

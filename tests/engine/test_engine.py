@@ -263,7 +263,7 @@ def test_an_order_that_is_withdrawn_before_it_is_carried_out_ends(
     write.lora("bot", 4)
     ref, both_given = FolderCatalog([write.root]).resolve("bot"), threading.Event()
     with serve(tiny_checkpoint) as engine:
-        engine._command(lambda: both_given.wait(60))
+        engine._commands.give(lambda: both_given.wait(60))
         order = engine.load_adapter(ref, pin=True)
         engine.withdraw(order)
         both_given.set()
@@ -289,9 +289,9 @@ def test_a_crash_answers_those_whose_orders_were_not_taken_yet(
         def fail() -> None:
             raise RuntimeError("as a command may, when nothing is certain")
 
-        engine._command(crash)
+        engine._commands.give(crash)
         assert held.wait(60)
-        engine._command(fail)
+        engine._commands.give(fail)
         engine.submit(request("behind"), ended.append)
         order = engine.load_adapter(AdapterRef("a", 1, Path("nowhere")))
         holding.set()

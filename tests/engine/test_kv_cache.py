@@ -9,8 +9,9 @@ import pytest
 from polydelta.adapters_store.composition import Share
 from polydelta.adapters_store.reference import AdapterRef
 from polydelta.adapters_store.traits import AdapterTraits
+from polydelta.engine.block_hashes import BASE_NAMESPACE
 from polydelta.engine.eviction import CostModel, EvictionReason
-from polydelta.engine.kv_cache import BASE_NAMESPACE, KVCache
+from polydelta.engine.kv_cache import KVCache
 from polydelta.engine.pool import PagePool
 from polydelta.engine.request import GenerationRequest, SamplingParams
 from polydelta.engine.sequence import Sequence
@@ -176,7 +177,7 @@ def test_of_two_with_the_same_block_one_page_stays(kv: KVCache, pool: PagePool) 
     assert (pool.num_free, kv.num_used_pages) == (4, 4)
     assert [kv.num_own_pages(s) for s in (one, two)] == [1, 2]
     # Nobody found anything: the prompt may have been sent once, for two choices.
-    assert [block.hits for block in kv._by_page.values()] == [0, 0]
+    assert [block.hits for block in kv._known.by_page.values()] == [0, 0]
     kv.release(one)
     kv.release(two)
     assert (pool.num_idle, pool.num_free) == (2, 6)
@@ -235,7 +236,7 @@ def test_a_block_that_leaves_takes_those_behind_it_along(kv: KVCache, pool: Page
     kv.grow(sequence_of(), BLOCK * 6)
     assert (pool.num_idle, pool.num_free) == (0, 2)
     assert kv.stats.evictions[EvictionReason.ROOM] == 3
-    assert kv._by_hash == kv._by_page == {}
+    assert kv._known.by_hash == kv._known.by_page == {}
 
 
 def test_the_longest_chain_may_leave_by_its_beginning() -> None:

@@ -149,6 +149,9 @@ def test_another_models_labels_are_refused(file: Path, tiny_checkpoint: Checkpoi
         [[[4, 4]] * 2] * 3,
         [[[0, 1], [2]]] * 3,
         [[[0, 1 << 70]] * 2] * 3,
+        [[[0, 1 << 63]] * 2] * 3,
+        [[[0.0, 1.5]] * 2] * 3,
+        [[[False, True]] * 2] * 3,
     ],
 )
 def test_channels_that_the_model_does_not_have_are_refused(

@@ -50,7 +50,13 @@ def test_every_method_that_there_is_has_one_row() -> None:
 def test_formats_of_a_row_encode_alike() -> None:
     for row in ROWS:
         if row.option is Option.FORMAT:
-            assert len({FORMATS[name]().by_page for name in row.names}) == 1
+            formats = [FORMATS[name]() for name in row.names]
+            assert len({(each.by_page, each.rotates_keys) for each in formats}) == 1
+
+
+def test_labels_are_of_channels_that_no_format_rotates() -> None:
+    refused = not_with(row_of(Option.SELECT, "double-sparsity"))
+    assert refused == [name for name, format in FORMATS.items() if format().rotates_keys]
 
 
 def test_no_two_methods_of_one_option_exclude_each_other() -> None:

@@ -88,6 +88,25 @@ def test_a_window_holds_no_more_pages_than_were_asked_for(
     assert w.scheduler.num_preemptions == 0
 
 
+def test_pages_are_looked_through_only_in_steps_that_leave_one(
+    world: Worlds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = world(num_pages=20, block_size=4)
+    held_after: list[int] = []
+    leave_pages = w.kv.leave_pages
+
+    def noted(sequence: Sequence) -> None:
+        before = held(sequence)
+        leave_pages(sequence)
+        held_after.append(held(sequence) - before)
+
+    monkeypatch.setattr(w.kv, "leave_pages", noted)
+    w.submit(range(9), max_tokens=40, kv_select=Window(4, 6))
+    w.drain()
+    # Of 48 tokens with KV, and 12 pages: the first one, and what the last query reads.
+    assert held_after == [-1] * 9
+
+
 def test_another_finds_what_a_window_gave_back_and_takes_only_what_it_reads(world: Worlds) -> None:
     w = world(num_pages=40, block_size=2, rules=KVRules(Window(2, 4)))
     w.submit(range(40))

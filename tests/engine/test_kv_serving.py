@@ -12,16 +12,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from polydelta.adapters_store.composition import Share, combine
 from polydelta.adapters_store.folders import FolderCatalog
+from polydelta.engine.build import assemble
+from polydelta.engine.config import EngineConfig
+from polydelta.engine.kv_spec import KVSpec
 from polydelta.engine.models.checkpoint import Checkpoint
 from polydelta.engine.models.decoder import base_layout
 from polydelta.engine.models.hf_folder import HfFolder
 from polydelta.engine.request import GenerationRequest, SamplingParams
+from polydelta.kernels.kv_attention import KVAttention
+from polydelta.kernels.kv_eviction import NOTED_BYTES
 from polydelta.kernels.kv_formats.by_name import FORMATS as FORMATS_BY_NAME
-from polydelta.kernels.kv_selection import H2O, SnapKV, Window, parse_selection
+from polydelta.kernels.kv_selection import FULL, H2O, SnapKV, Window, parse_selection
+from polydelta.kernels.ops import SequenceSlice
+from polydelta.kernels.reference import ReferenceKernels
 
 FORMATS = ("int8", "fp8", "int4", "kivi-4", "kivi-2", "mustafar-50", "mustafar-70", "gear")
 SHARING = ("window:3+17", "quest:24", "infllm:8+16+8")
@@ -209,6 +217,78 @@ def test_requests_with_selections_of_their_own_answer_as_alone(
             got = {name: one.token_ids for name, one in run(engine, together).items()}
             assert got == expected
     assert len({tuple(each) for each in expected.values()}) == len(expected)
+
+
+class RecordingKernels(ReferenceKernels):
+    """Would record steps of one row or two, if any of its steps could be."""
+
+    def recorded_rows(self, rows: int) -> int | None:
+        return rows if rows <= 2 else None
+
+    def sizes_to_record(self, most_rows: int) -> tuple[int, ...]:
+        return 2, 1
+
+
+@pytest.mark.parametrize(
+    ("setup", "decoded", "prompts"),
+    [
+        ({}, [], []),
+        ({"kv_select": "quest:24"}, ["quest:24"], ["full"]),
+        ({"kv_format": "int4", "kv_select": "quest:24"}, ["quest:24"], ["full"]),
+        ({"kv_select": "h2o:0.3+0.2"}, [], ["h2o:0.3+0.2"]),
+        ({"kv_format": "mustafar-50", "kv_select": "snapkv:40"}, ["full"], ["full", "snapkv:40"]),
+        ({"kv_format": "int8", "prefill": "xattention"}, ["full"], ["full", "xattention:8+0.9"]),
+    ],
+)
+def test_steps_that_cannot_be_recorded_run_once_ahead(
+    setup: dict[str, Any],
+    decoded: list[str],
+    prompts: list[str],
+    checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With all that becomes of a page that is full."""
+    attended, seen = KVAttention._attended, []
+
+    def noted(self: KVAttention, part: SequenceSlice, layer: int, *rest: Any) -> Tensor:
+        if layer == LAYERS - 1:
+            seen.append((str(part.selection), part.length, part.context))
+        return attended(self, part, layer, *rest)
+
+    monkeypatch.setattr(KVAttention, "_attended", noted)
+    config = EngineConfig(dtype="float32", pool_bytes=1 << 20, **OPTIONS | setup)
+    engine = assemble(checkpoint, config, RecordingKernels())
+    size = engine.stats().block_size
+    single = [(name, context) for name, length, context in seen if length == 1]
+    # Of two rows and of one, without an adapter and with one.
+    contexts = [size, 1, size, 1, size, size]
+    assert single == [(name, context) for name in decoded for context in contexts]
+    assert list(dict.fromkeys(name for name, length, _ in seen if length > 1)) == prompts
+    attentions = engine._runner._kv._attentions.values()
+    assert not any(attention._eviction._sequences for attention in attentions)
+
+
+def test_nothing_is_kept_of_sequences_that_have_left(
+    checkpoint: Checkpoint, requests: Callable, serve: Callable, run: Callable
+) -> None:
+    """Beside the pool; whether they ended or were preempted, from the next step on."""
+    with serve(checkpoint, **OPTIONS, kv_select="h2o:0.3+0.2") as engine:
+        run(engine, requests(5))
+        (attention,) = engine._runner._kv._attentions.values()
+        assert attention._eviction._sequences
+        run(engine, [replace(requests(1)[0], kv_select=parse_selection("full"))])
+        assert not attention._eviction._sequences
+
+
+def test_the_pool_pays_for_what_h2o_notes_of_tokens(checkpoint: Checkpoint) -> None:
+    full, noting = (
+        KVSpec.of(checkpoint.config, torch.float32, 4, selection=selection)
+        for selection in (FULL, H2O())
+    )
+    page = LAYERS * (full.page_bytes + 4 * HEADS * NOTED_BYTES)
+    assert noting.page_bytes == full.page_bytes
+    assert noting.pages_in(9 * page, 1) == 9
+    assert noting.pages_in(9 * page - 1, 1) == 8
 
 
 def test_a_window_serves_prompts_that_are_longer_than_the_pool(

@@ -79,6 +79,12 @@ def test_what_a_method_needs_is_named() -> None:
     assert "polydelta calibrate" in said
 
 
+def test_labels_that_nothing_reads_are_refused() -> None:
+    said = refusal(kv_select="quest", kv_labels=Path("some/labels"))
+    assert "kv_labels some/labels is not read with kv_select quest:1024" in said
+    assert "leave it out, or use kv_select double-sparsity" in said
+
+
 def test_blocks_in_host_ram_are_read_on_cpus_only() -> None:
     infllm = replace(RICH, selection=parse_selection("infllm"))
     assert problem(infllm) is None

@@ -29,7 +29,7 @@ def check_chains(w: Any) -> None:
     kv: KVCache = w.kv
     used = set(kv.used_pages())
     for sequence in w.submitted:
-        blocks = [kv._by_hash.get(block_hash) for block_hash in sequence.block_hashes]
+        blocks = [kv._known.by_hash.get(block_hash) for block_hash in sequence.block_hashes]
         known = [block for block in blocks if block is not None]
         assert known == blocks[: len(known)], "a chain with a hole in it"
         in_use = [block.page in used for block in known]
@@ -121,7 +121,7 @@ def test_what_a_deleted_version_made_is_free_as_soon_as_nobody_uses_it(world: Wo
     w.check()
     assert {running, of_both} <= set(w.finished)
     for sequence in (old, running, of_both):
-        assert not any(block in w.kv._by_hash for block in sequence.block_hashes)
-    assert any(block in w.kv._by_hash for block in base.block_hashes)
+        assert not any(block in w.kv._known.by_hash for block in sequence.block_hashes)
+    assert any(block in w.kv._known.by_hash for block in base.block_hashes)
     assert w.stats().prefix_evictions_by_reason[EvictionReason.DELETED] > 0
     assert w.stats().prefix_evictions_by_reason[EvictionReason.ROOM] == 0

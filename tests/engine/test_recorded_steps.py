@@ -168,9 +168,9 @@ class Driver:
             while not done.done():
                 engine._step()
         number = 0
-        while number <= max(script) or engine._sequences:
+        while number <= max(script) or len(engine._answers):
             for name, mix, prompt, tokens in script.get(number, ()):
-                engine._add(TokenSequence(request(name, mix, prompt, tokens), self._take))
+                engine._answers.add(TokenSequence(request(name, mix, prompt, tokens), self._take))
             assert engine._step() or number <= max(script)
             number += 1
         engine._scheduler.check_integrity()

@@ -175,3 +175,29 @@ def test_adapters_in_scattered_pages_and_evicted_ones_answer_alike(
         assert tokens(engine, run, asked) == expected
         stats = engine.stats()
     assert stats.adapter_evictions + stats.preemptions > 0, "the pool was not small enough"
+
+
+@pytest.mark.parametrize(
+    ("options", "recorded"),
+    [
+        pytest.param({"kv_select": "window:2+9"}, 4, id="a window"),
+        pytest.param({"kv_format": "fp8", "kv_select": "quest:32"}, 0, id="fp8 and quest"),
+    ],
+)
+def test_answers_over_other_kv_equal_the_cpus(
+    options: dict[str, Any],
+    recorded: int,
+    kernels: RecordingKernels,
+    small_checkpoint: Checkpoint,
+    adapters: Path,
+    run: Callable[..., Any],
+) -> None:
+    """Steps that read as the server does are recorded ahead, where they can be."""
+    asked = requests(adapters)[:4]
+    cpu = kernels_for(torch.device("cpu"), torch.float32)
+    with serving(small_checkpoint, cpu, block_size=4, **options) as engine:
+        expected = tokens(engine, run, asked)
+    with serving(small_checkpoint, kernels, block_size=4, **options) as engine:
+        ahead = kernels.num_recorded
+        assert tokens(engine, run, asked) == expected
+    assert CUDA or ahead == recorded
