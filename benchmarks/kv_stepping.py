@@ -139,7 +139,7 @@ class Stepping:
             received = torch.rand(heads, kept, dtype=torch.float64)
             positions = torch.arange(prompt - kept, prompt).repeat(heads, 1)
             state = SequenceState(received, positions, prompt)
-            eviction._sequences[layer, sequence.slot] = state
+            eviction._sequences[sequence.slot][layer] = state
 
     @torch.inference_mode()
     def _fill(self, each: int) -> None:

@@ -97,7 +97,7 @@ class KVAttention:
             self.read(each, layer, memory, queries, out)
             if self.kind.format.by_page:
                 self.close(each, layer, memory)
-        self.evict(plan.evicting, layer, memory, queries)
+        self.evict(plan, layer, memory, queries)
         return out
 
     def rotated(self, heads: Tensor) -> Tensor:
@@ -141,11 +141,9 @@ class KVAttention:
             self.kind.layout.view(memory.pages, name)[pages] = content
         summarize(self.kind, layer, memory.pages, pages)
 
-    def evict(
-        self, slices: Sequence[SequenceSlice], layer: int, memory: KVMemory, queries: Tensor
-    ) -> None:
+    def evict(self, plan: KVPlan, layer: int, memory: KVMemory, queries: Tensor) -> None:
         """What follows the attention of `KVPlan.evicting`. queries: of the flat batch."""
-        for part in slices:
+        for part in plan.evicting:
             rows = queries[part.start : part.start + part.length]
             self._eviction.after(part, layer, memory, rows)
 

@@ -7,6 +7,7 @@ the first places of the sequence's own pages, and later tokens are written behin
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -76,8 +77,8 @@ class Eviction:
     def __init__(self, kind: KVKind, device: torch.device) -> None:
         self.kind = kind
         self.device = device
-        # By layer and slot.
-        self._sequences: dict[tuple[int, int], SequenceState] = {}
+        # By slot and layer.
+        self._sequences: defaultdict[int, dict[int, SequenceState]] = defaultdict(dict)
 
     def after(self, part: SequenceSlice, layer: int, memory: KVMemory, queries: Tensor) -> None:
         """What follows a slice's attention. queries: `[length, heads, head_dim]`, the slice's.
@@ -87,13 +88,12 @@ class Eviction:
         would encode a page again.
         """
         self._check(part)
-        which = (layer, part.slot)
         if part.context == part.length:
             tokens = part.prompt if isinstance(part.selection, H2O) else 0
             shape = (self.kind.shape.num_kv_heads, tokens)
             received = torch.zeros(shape, dtype=torch.float64, device=self.device)
-            self._sequences[which] = SequenceState(received, received[:, :0].long())
-        sequence = self._sequences[which]
+            self._sequences[part.slot][layer] = SequenceState(received, received[:, :0].long())
+        sequence = self._sequences[part.slot][layer]
         match part.selection:
             case H2O() if sequence.count:
                 self.replace(part.selection, sequence, part, memory, queries)
@@ -111,8 +111,7 @@ class Eviction:
 
     def forget(self, slot: int) -> None:
         """The slot's sequence has left."""
-        for which in [each for each in self._sequences if each[1] == slot]:
-            del self._sequences[which]
+        self._sequences.pop(slot, None)
 
     def _check(self, part: SequenceSlice) -> None:
         if self.kind.shape.window is not None:

@@ -135,16 +135,36 @@ void polydelta_note_attention(Pool *pool, const KVVoting *of) {
     share(pool, sum_item, of, kv_heads * ((of->context + PART - 1) / PART));
 }
 
-/* The token in place `kept` takes the place of the one that has received least of those whose
- * position is below `recent`. */
+/* One sequence, whose newest token lies in place `kept` and asks all of them: it takes the place of the
+ * one that has received least of those whose position is below `recent`. */
+typedef struct {
+    const int64_t *pages;
+    int64_t row, kept, position, recent; /* row: of the queries */
+    double *received;   /* [kv_heads, kept] */
+    int64_t *positions; /* [kv_heads, kept] */
+    float *scores;      /* room for [heads, kept + 1, up to a multiple of KEYS] */
+} KVLeaving;
+
+typedef struct {
+    int64_t count;
+    const KVLeaving *sequences;
+} KVLeavings;
+
+typedef struct {
+    KVCache cache;
+    int64_t heads;
+    const KVLeavings *leaving;
+    double scale, similarity;
+    const uint16_t *queries; /* [tokens, heads, head_dim] */
+    int64_t query_stride;
+} KVEvicting;
+
+/* Of one of these sequences. */
 typedef struct {
     KVCache cache;
     const int64_t *pages;
-    int64_t kept, position, recent;
+    int64_t kept;
     double similarity;
-    const double *shares; /* [kv_heads, kept + 1], to be added */
-    double *received;     /* [kv_heads, kept] */
-    int64_t *positions;   /* [kv_heads, kept] */
 } KVReplacing;
 
 static RowAt row_in(const KVReplacing *of, int64_t side, int64_t place, int64_t head) {
@@ -248,29 +268,80 @@ static void move_token(const KVReplacing *of, int64_t head, int64_t to, int64_t 
     }
 }
 
-static void replace_item(const void *task, int64_t head) {
-    const KVReplacing *of = task;
-    const double *shares = of->shares + head * (of->kept + 1);
-    double *received = of->received + head * of->kept;
-    int64_t *positions = of->positions + head * of->kept;
-    int64_t leaving = -1;
-    for (int64_t i = 0; i < of->kept; i++) {
-        received[i] += shares[i];
-        if (positions[i] < of->recent && (leaving < 0 || received[i] < received[leaving])) leaving = i;
+/* What a kv head's queries give of their attention to each of the tokens, is added to what these have
+ * received; returns what the newest one gets. */
+static double receive(const KVEvicting *of, const KVLeaving *sequence, int64_t head) {
+    const int64_t context = sequence->kept + 1, stride = (context + KEYS - 1) / KEYS * KEYS;
+    const __m512 scale = _mm512_set1_ps(of->scale);
+    const KVVoting voting = {.cache = of->cache,
+                             .heads = of->heads,
+                             .rows = 1,
+                             .context = context,
+                             .slot = -1,
+                             .pages = sequence->pages,
+                             .scale = of->scale,
+                             .queries = of->queries + sequence->row * of->query_stride,
+                             .query_stride = of->query_stride};
+    Votes votes;
+    begin_votes(&votes, &voting, head);
+    find_votes(&votes, &voting, 0);
+    float highest[MOST_SCORES], *scores = sequence->scores + head * votes.group * stride;
+    __m512 totals[MOST_SCORES];
+    uint16_t weights[KEYS];
+    for (int64_t r = 0; r < votes.count; r++)
+        highest[r] = -__builtin_inff(), totals[r] = _mm512_setzero_ps();
+    for (int64_t token = 0; token < context; token += KEYS) {
+        const int64_t count = least(KEYS, context - token);
+        load_asked(&votes, token, count);
+        score_votes(&votes);
+        const uint32_t seen = seen_votes(&votes, 0);
+        for (int64_t r = 0; r < votes.count; r++) {
+            soften(weights, votes.scores[r], seen, of->scale, highest + r, totals + r);
+            memcpy(scores + r * stride + token, votes.scores[r], sizeof votes.scores[r]);
+        }
     }
-    double newest = shares[of->kept];
-    const double gone = received[leaving];
-    const int64_t like = gone > 0 ? most_like(of, head, leaving) : -1;
-    if (like >= 0) {
-        double *weight = like == of->kept ? &newest : received + like;
-        *weight += gone;
-        merge_tokens(of, head, like, leaving, gone / *weight);
+    double *received = sequence->received + head * sequence->kept, newest = 0;
+    for (int64_t r = 0; r < votes.count; r++)
+        totals[r] = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(totals[r]));
+    for (int64_t token = 0; token < context; token += 16) {
+        __m512 sum = _mm512_setzero_ps();
+        float together[16];
+        for (int64_t r = 0; r < votes.count; r++) {
+            const __m512 score = _mm512_loadu_ps(scores + r * stride + token);
+            const __m512 top = _mm512_set1_ps(highest[r]);
+            sum = _mm512_fmadd_ps(exp_lanes(_mm512_fmsub_ps(score, scale, top)), totals[r], sum);
+        }
+        _mm512_storeu_ps(together, sum);
+        for (int64_t i = 0; i < least(16, context - token); i++)
+            *(token + i < sequence->kept ? received + token + i : &newest) += together[i];
     }
-    move_token(of, head, leaving, of->kept);
-    received[leaving] = newest;
-    positions[leaving] = of->position;
+    return newest;
 }
 
-void polydelta_replace_token(Pool *pool, const KVReplacing *of) {
-    share(pool, replace_item, of, of->cache.layout->kv_heads);
+static void replace_item(const void *task, int64_t item) {
+    const KVEvicting *of = task;
+    const int64_t kv_heads = of->cache.layout->kv_heads, head = item % kv_heads;
+    const KVLeaving *sequence = of->leaving->sequences + item / kv_heads;
+    const KVReplacing in = {of->cache, sequence->pages, sequence->kept, of->similarity};
+    double newest = receive(of, sequence, head);
+    double *received = sequence->received + head * sequence->kept;
+    int64_t *positions = sequence->positions + head * sequence->kept;
+    int64_t leaving = -1;
+    for (int64_t i = 0; i < sequence->kept; i++)
+        if (positions[i] < sequence->recent && (leaving < 0 || received[i] < received[leaving]))
+            leaving = i;
+    const double gone = received[leaving];
+    const int64_t like = gone > 0 ? most_like(&in, head, leaving) : -1;
+    if (like >= 0) {
+        double *weight = like == sequence->kept ? &newest : received + like;
+        *weight += gone;
+        merge_tokens(&in, head, like, leaving, gone / *weight);
+    }
+    move_token(&in, head, leaving, sequence->kept);
+    received[leaving] = newest;
+    positions[leaving] = sequence->position;
+}
+
+void polydelta_replace_tokens(Pool *pool, const KVEvicting *of) {
+    share(pool, replace_item, of, of->leaving->count * of->cache.layout->kv_heads);
 }

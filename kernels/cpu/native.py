@@ -49,7 +49,7 @@ _DECODER = (
     "multiply", "multiply_quantized", "pack", "rms_norm", "embed_positions", "silu_mul", "add",
     "gather", "store_kv", "attend", "write_pages", "add_group", "multiply_group", "argmax",
     "store_tokens", "encode_pages", "note_tokens", "attend_kv", "clear_rows", "note_attention",
-    "replace_token", "replay", "spread_heads", "attend_blocks",
+    "replace_tokens", "replay", "spread_heads", "attend_blocks",
 )  # fmt: skip
 # Sums may be taken in any order, or no loop of them becomes vectors. Not -ffast-math: a library
 # linked with it switches subnormal numbers off in the whole process when it is loaded.

@@ -19,6 +19,9 @@ from polydelta.kernels.kv_rotation import part as part_of
 from polydelta.kernels.kv_selection import Quest, XAttention
 from polydelta.kernels.ops import SequenceSlice
 
+# `KVLeavings` of no sequence.
+NOBODY = Struct((0, None))
+
 
 @dataclass(frozen=True, eq=False)
 class NativeRound(KVRound):
@@ -35,6 +38,8 @@ class NativeKVPlan(KVPlan):
     rounds: Sequence[NativeRound]
     # Rows without context.
     idle: Struct
+    # By layer, what must be known of h2o's answers; of none, made as layers ask for it.
+    leaving: dict[int, Struct]
     recordable: bool
 
     def assume(self, other: NativeKVPlan) -> None:
@@ -44,6 +49,8 @@ class NativeKVPlan(KVPlan):
             mine.stored.assume(its.stored)
             mine.read.assume(its.read)
             mine.read_dense.assume(its.read_dense)
+        for layer, leaving in self.leaving.items():
+            leaving.assume(other.leaving.get(layer, NOBODY))
 
 
 class NativeKVAttention(KVAttention):
@@ -58,16 +65,22 @@ class NativeKVAttention(KVAttention):
         self._encodes = encodes_rows(kind)
         self._takes_notes = takes_notes(kind.layout)
         self._workspace = Workspace()
-        self._eviction = NativeEviction(kind, pool, self._cache)
+        self._eviction: NativeEviction = NativeEviction(kind, pool, self._cache)
 
     def plan(self, slices: Sequence[SequenceSlice]) -> NativeKVPlan:
         plan = super().plan(slices)
         rounds = [self._native(each) for each in plan.rounds]
-        alone = plan.evicting or any(each.prompts for each in rounds)
+        answers = [part for part in plan.evicting if self._eviction.is_answer(part)]
+        others = [part for part in plan.evicting if not self._eviction.is_answer(part)]
+        alone = others or any(each.prompts for each in rounds)
         closing = any(len(each.closing) for each in rounds)
         recordable = len(rounds) == 1 and not alone and (self._encodes or not closing)
         return NativeKVPlan(
-            rounds=rounds, evicting=plan.evicting, idle=_idle(slices), recordable=recordable
+            rounds=rounds,
+            evicting=others,
+            idle=_idle(slices),
+            leaving=self._eviction.leaving(answers),
+            recordable=recordable,
         )
 
     def blank(self, plan: KVPlan, queries: Tensor) -> Tensor:
@@ -114,6 +127,14 @@ class NativeKVAttention(KVAttention):
         self._pool.call("attend_kv", *cache, plan, *rows, self._labels(layer))
         if part.prompts is not None:
             self._pool.call("attend_blocks", *cache, part.prompts, *rows)
+
+    def evict(self, plan: KVPlan, layer: int, memory: KVMemory, queries: Tensor) -> None:
+        assert isinstance(plan, NativeKVPlan)
+        super().evict(plan, layer, memory, queries)
+        if not self.kind.format.by_page and (plan.leaving or plan.recordable):
+            # A recording is replayed for others, of which tokens may leave.
+            leaving = plan.leaving.setdefault(layer, Struct((0, None)))
+            self._eviction.replace_tokens(leaving, memory, queries)
 
     def _native(self, part: KVRound) -> NativeRound:
         prompts = [each for each in part.slices if self._chooses_blocks(each)]

@@ -103,13 +103,13 @@ def test_a_new_token_takes_the_place_of_another(
         trial.keys[0] = (near_to + spread * trial.keys[0].float()).to(torch.bfloat16)
         step(trial, 0, SequenceSlice(0, kept, kept, trial.pages[0], FULL, 0))
         state = SequenceState(order.clone(), positions.clone(), prompt)
-        eviction_of(trial)._sequences[trial.layer, 0] = state
+        eviction_of(trial)._sequences[0][trial.layer] = state
     places = torch.arange(kept).expand(shape[1], -1)
     part = SequenceSlice(0, 1, kept, both[0].pages[0])
     for position in range(kept, total - prompt + kept):
         now = SequenceSlice(0, 1, kept + 1, both[0].pages[0], selection, 0, prompt)
         near(*(step(trial, position, now) for trial in both), torch.bfloat16)
-        ours, its = (eviction_of(trial)._sequences[trial.layer, 0] for trial in both)
+        ours, its = (eviction_of(trial)._sequences[0][trial.layer] for trial in both)
         assert torch.equal(ours.positions, its.positions)
         near(ours.received, its.received, torch.bfloat16)
         stored = (trial.attention.load(trial.memory, part, places) for trial in both)
