@@ -106,9 +106,24 @@ SETUPS: list[dict[str, Any]] = [
     {"kv_format": "mustafar-50", "kv_select": "snapkv:40"},
     {"kv_select": "quest:24", "prefill": "xattention:8+0.7"},
 ]
+# What others are much like.
+LONG: list[dict[str, Any]] = [
+    *({"kv_format": each} for each in ("fp8", "kivi-4", "mustafar-70")),
+    {"kv_select": "quest:24"},
+    {"kv_select": "snapkv:40"},
+    {"kv_select": "h2o:0.3+0.2"},
+]
 
 
-@pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: ", ".join(setup.values()))
+@pytest.mark.parametrize(
+    "setup",
+    [
+        pytest.param(
+            setup, id=", ".join(setup.values()), marks=[pytest.mark.long] * (setup in LONG)
+        )
+        for setup in SETUPS
+    ],
+)
 def test_answers_do_not_tell_who_was_preempted_or_found_a_prefix(
     setup: dict[str, Any],
     checkpoint: Checkpoint,
@@ -195,20 +210,24 @@ def test_small_steps_in_bfloat16_compute_again_what_was_there(
     assert got == expected
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_requests_with_selections_of_their_own_answer_as_alone(
+    dtype: str,
     checkpoint: Checkpoint,
     requests: Callable[..., list[GenerationRequest]],
     serve: Callable,
     run: Callable,
 ) -> None:
-    ways = [parse_selection(each) for each in ("full", "window:2+30", "quest:16", "snapkv:50")]
-    with serve(checkpoint, kv_select="quest:40", prefix_caching=False, **OPTIONS) as engine:
+    """In bfloat16 a step is recorded for some mix of them, and replayed for others."""
+    names = ("full", "window:2+30", "quest:16", "snapkv:50", "h2o:0.3+0.2")
+    ways, options = [parse_selection(name) for name in names], OPTIONS | {"dtype": dtype}
+    with serve(checkpoint, kv_select="quest:40", prefix_caching=False, **options) as engine:
         expected: dict[str, list[int]] = {}
         for request in requests(12):
             kv_select = ways[int(request.request_id.split("-")[1]) % len(ways)]
             alone = replace(request, kv_select=kv_select)
             expected |= {n: one.token_ids for n, one in run(engine, [alone]).items()}
-    with serve(checkpoint, kv_select="quest:40", **OPTIONS) as engine:
+    with serve(checkpoint, kv_select="quest:40", **options) as engine:
         together = [
             replace(each, kv_select=ways[number % len(ways)])
             for number, each in enumerate(requests(12))
