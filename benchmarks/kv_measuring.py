@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kv_reader import Model, Reader, Way
+from benchmarks.kv_reader import BLOCK_SIZE, Model, Reader, Way
 from benchmarks.kv_retrieval import Haystack, Scores, no_scores, search
 from benchmarks.kv_ways import key, read_share
 from polydelta.kernels.kv_selection import H2O, parse_selection
@@ -32,6 +32,8 @@ class Work:
     # Each read by itself; its first half is the prompt, the rest counts.
     windows: Sequence[Sequence[int]]
     haystacks: Sequence[Haystack]
+    # Native tokens of a page.
+    block_size: int = BLOCK_SIZE
 
     @property
     def prompt(self) -> int:
@@ -136,7 +138,7 @@ def measure(
     which comes first and fills it. advance: given tokens that were read."""
     began = time.perf_counter()
     selection = parse_selection(way.selection)
-    reader = Reader(model, way, labels)
+    reader = Reader(model, way, labels, work.block_size)
     spec, windows = reader.spec, work.windows_for(way)
     contexts = range(work.prompt, len(work.windows[0]))
     outcome = Outcome(

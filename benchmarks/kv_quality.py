@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +36,7 @@ from torch import Tensor
 from benchmarks.kv_measuring import BARS, Outcome, Truth, Work, measure
 from benchmarks.kv_quality_plot import Point, draw, save
 from benchmarks.kv_quality_tables import cost_table, retrieval_table
-from benchmarks.kv_reader import Model, Way
+from benchmarks.kv_reader import BLOCK_SIZE, Model, Way
 from benchmarks.kv_retrieval import haystacks
 from benchmarks.kv_texts import LICENCE, NAME, Text
 from benchmarks.kv_ways import named, ways
@@ -62,6 +62,8 @@ class Size:
     adapter_lengths: Sequence[int]
     adapter_depths: Sequence[float]
     calibrated: int | None = None
+    # Native tokens of a page.
+    block_size: int = BLOCK_SIZE
 
 
 FULL = Size(4096, 13, (512, 1024, 2048, 4096, 8192), (0.1, 0.5, 0.9), 3, (512, 2048), (0.5,))
@@ -117,6 +119,7 @@ class Quality:
         return Work(
             self.text.windows(windows, self._size.window),
             haystacks(self.checkpoint.tokenizer, self.text.measured, lengths, depths),
+            self._size.block_size,
         )
 
     def _labels(self, base: Model) -> Tensor:
@@ -152,6 +155,9 @@ def main(
         str | None,
         typer.Option(help='Ways, such as "int8,quest,int4+quest"; native full attention always.'),
     ] = None,
+    block_size: Annotated[
+        int, typer.Option(help="Native tokens of a page: the open one is not compressed.", min=1)
+    ] = BLOCK_SIZE,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny sizes, to see that it runs; judges nothing.")
     ] = False,
@@ -160,11 +166,11 @@ def main(
     ] = RESULT,
 ) -> None:
     """Perplexity, divergence and key retrieval of every KV format and selection."""
-    console, size = Console(), QUICK if quick else FULL
+    console, size = Console(), replace(QUICK if quick else FULL, block_size=block_size)
     chosen = named(ways(size.window, size.window // 2), only)
     checkpoint = open_checkpoint(None)
     if windows is not None:
-        size = Size(**vars(size) | {"windows": windows})
+        size = replace(size, windows=windows)
     try:
         quality = Quality(checkpoint, size, chosen)
     except ValueError as error:

@@ -94,12 +94,14 @@ class Model:
 class Reader:
     """Reads one text after another; for one thread."""
 
-    def __init__(self, model: Model, way: Way, labels: Tensor | None = None) -> None:
-        """labels: for double-sparsity, as `KVSpec` has them."""
+    def __init__(
+        self, model: Model, way: Way, labels: Tensor | None = None, block_size: int = BLOCK_SIZE
+    ) -> None:
+        """labels: for double-sparsity, as in `KVSpec`; block_size: native tokens of a page."""
         self._model = model
         selection, prefill = parse_selection(way.selection), parse_prefill(way.prefill)
         config, kernels = model.config, model.kernels
-        self.spec = KVSpec.of(config, model.dtype, BLOCK_SIZE, way.format, selection, labels)
+        self.spec = KVSpec.of(config, model.dtype, block_size, way.format, selection, labels)
         of_prompts = prefill if isinstance(prefill, XAttention) else None
         self._rules = KVRules(selection, of_prompts, way.format, self.spec.format.by_page)
         # With room for what is evicted only when a step is done.
