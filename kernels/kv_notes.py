@@ -54,7 +54,9 @@ def representatives(keys: Tensor, count: int) -> Tensor:
     Those of arXiv:2402.04617 received most attention from tokens nearby. That depends on how steps
     were cut and on who asked; this is a function of the page alone.
     """
-    # The sum for the mean: the order is the same.
-    scores = torch.einsum("nthd,nhd->nht", keys, keys.sum(1))
+    # The sum for the mean: the order is the same. In float64 and not by a matrix product, which
+    # rounds by how many pages there are.
+    wide = keys.double().transpose(1, 2)
+    scores = (wide * wide.sum(2, keepdim=True)).sum(-1)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     return order[..., torch.arange(count, device=keys.device) % keys.shape[1]]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ByteSize
+from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from polydelta.engine.kv_composition import ROWS, PerRequest, Row, in_full, not_with
 from polydelta.server import options
@@ -76,10 +79,22 @@ def kv_formats(
             lines = (columns, ["---"] * len(columns), *rows)
             typer.echo("\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n")
             continue
-        table = Table(*columns)
-        for cells in rows:
-            table.add_row(*map(escape, cells))
-        Console().print(table)
+        if columns is not COMPOSITION:
+            _show(Table(*columns, box=box.SIMPLE_HEAD), rows)
+            continue
+        # A table for each option, so that names can be read whole in 80 columns.
+        for option, some in groupby(rows, itemgetter(0)):
+            whole = ("methods", "not with")
+            each = (Column(name, no_wrap=name in whole, overflow="fold") for name in columns[1:])
+            table = Table(*each, title=option, box=box.SIMPLE_HEAD, title_justify="left")
+            _show(table, (cells[1:] for cells in some))
+
+
+def _show(table: Table, rows: Rows) -> None:
+    """Names under one another."""
+    for cells in rows:
+        table.add_row(*(escape(cell).replace(", ", "\n") for cell in cells))
+    Console().print(table)
 
 
 def _tables(config: EngineConfig, model: ModelConfig) -> Iterator[tuple[Sequence[str], Rows]]:

@@ -187,12 +187,13 @@ static void score_blocks_item(const void *task, int64_t item) {
     const int64_t stride = in.prompt->stride, blocks = in.own + 1;
     rows.first_head = rows.kv_head * group;
     rows.tiles = (in.queries + stride - 1) / stride;
-    float sums[MOST_SCORES * blocks];
+    const int64_t size = blocks * sizeof(float);
+    float *sums = malloc(MOST_SCORES * size); /* of a long prompt more than a thread's stack has */
     for (int64_t i = 0; i < group; i++)
-        memset(shares_of(&in, rows.first_head + i), 0, blocks * sizeof *sums);
+        memset(shares_of(&in, rows.first_head + i), 0, size);
     for (; rows.top < group * rows.tiles; rows.top += MOST_SCORES) {
         rows.count = least(MOST_SCORES, group * rows.tiles - rows.top);
-        memset(sums, 0, sizeof sums);
+        memset(sums, 0, MOST_SCORES * size);
         for (int64_t r = 0; r < rows.count; r++)
             rows.highest[r] = -__builtin_inff(), rows.total[r] = 0;
         const int64_t stop = in.own * (BLOCK_TOKENS / stride) + rows.tiles;
@@ -205,6 +206,7 @@ static void score_blocks_item(const void *task, int64_t item) {
             for (int64_t i = 0; i < blocks; i++) shares[i] += sums[r * blocks + i] / rows.total[r];
         }
     }
+    free(sums);
 }
 
 /* In the place of the chosen ones' shares. */

@@ -107,18 +107,19 @@ static inline void expand_int8_row(uint16_t *to, const RowAt *at, int64_t dim) {
     }
 }
 
-/* The bits of an e4m3 number, moved to where float32 has them, are the number times 2^-120. */
+/* As halves the bits of an e4m3 number, moved to where those have them, are the number over 256. Not as
+ * float32, where it would be the number times 2^-120: the compiler may put factors together, and 2^120
+ * times the scale overflows. */
 static inline void expand_fp8_row(uint16_t *to, const RowAt *at, int64_t dim) {
     const char *codes = codes_at(at);
     const __m512 scale = half_at(at->page + at->side->scales + 2 * row_number(at));
-    const __m512 up = _mm512_set1_ps(0x1p120f);
     for (int64_t i = 0; i < dim; i += 16) {
         const __mmask16 lanes = first_lanes(dim - i);
-        const __m512i code = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, codes + i));
-        const __m512i sign = _mm512_and_si512(code, _mm512_set1_epi32(INT32_MIN));
-        const __m512i size = _mm512_and_si512(code, _mm512_set1_epi32(0x7f));
-        const __m512i bits = _mm512_or_si512(sign, _mm512_slli_epi32(size, 20));
-        const __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(bits), up);
+        const __m256i code = _mm256_cvtepi8_epi16(_mm_maskz_loadu_epi8(lanes, codes + i));
+        const __m256i sign = _mm256_and_si256(code, _mm256_set1_epi16(INT16_MIN));
+        const __m256i size = _mm256_and_si256(code, _mm256_set1_epi16(0x7f));
+        const __m512 half = _mm512_cvtph_ps(_mm256_or_si256(sign, _mm256_slli_epi16(size, 7)));
+        const __m512 value = _mm512_mul_ps(half, _mm512_set1_ps(256.0f));
         store_narrow(to + i, lanes, _mm512_mul_ps(value, scale));
     }
 }
@@ -209,7 +210,7 @@ static inline void expand_kivi_row(uint16_t *to, const RowAt *at, int64_t dim) {
     }
 }
 
-/* Outliers take the place of KIVI's numbers, then the factors are added. */
+/* KIVI's numbers and what the factors add; outliers take their places. */
 static inline void expand_gear_row(uint16_t *to, const RowAt *at, int64_t dim) {
     const KVLayout *of = at->layout;
     const int64_t outliers = row_number(at) * of->outliers;
@@ -217,20 +218,16 @@ static inline void expand_gear_row(uint16_t *to, const RowAt *at, int64_t dim) {
     const uint8_t *channels = (const uint8_t *)at->page + at->side->outlier_places + outliers;
     const char *row = at->page + at->side->rows + 2 * row_number(at) * of->rank;
     const char *columns = at->page + at->side->columns + 2 * at->head * of->rank * dim;
-    float wide[MOST_HEAD_DIM];
-    for (int64_t i = 0; i < dim; i += 16)
-        _mm512_storeu_ps(wide + i, kivi_numbers(at, i, first_lanes(dim - i)));
-    for (int64_t i = 0; i < of->outliers; i++)
-        wide[least(channels[i], dim - 1)] = widen(exact[i]);
     for (int64_t i = 0; i < dim; i += 16) {
         const __mmask16 lanes = first_lanes(dim - i);
-        __m512 sum = _mm512_loadu_ps(wide + i);
+        __m512 sum = kivi_numbers(at, i, lanes);
         for (int64_t r = 0; r < of->rank; r++) {
             const __m256i column = _mm256_maskz_loadu_epi16(lanes, columns + 2 * (r * dim + i));
             sum = _mm512_fmadd_ps(half_at(row + 2 * r), _mm512_cvtph_ps(column), sum);
         }
         store_narrow(to + i, lanes, sum);
     }
+    for (int64_t i = 0; i < of->outliers; i++) to[least(channels[i], dim - 1)] = exact[i];
 }
 
 /* Rows of one side and head, of the tokens that have a page; rows of `to` are `stride` apart. The

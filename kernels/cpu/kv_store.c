@@ -120,8 +120,8 @@ static void encode_mustafar(const RowAt *at, const uint16_t *row) {
     }
 }
 
-/* Of one head's rows of a page, each at a multiple of `stride` after the first; in float64, so that
- * the sum does not depend on their order. */
+/* Of one head's rows of a page, each at a multiple of `stride` after the first; in float64, as
+ * mustafar.py has it. */
 static void note_means(const RowAt *at, const uint16_t *rows, int64_t stride) {
     const KVLayout *of = at->layout;
     uint16_t *means = means_at(at);

@@ -68,6 +68,7 @@ class NativeKVAttention(KVAttention):
         self._eviction: NativeEviction = NativeEviction(kind, pool, self._cache)
 
     def plan(self, slices: Sequence[SequenceSlice]) -> NativeKVPlan:
+        """Once for each step: what is kept of tokens that leave counts the step."""
         plan = super().plan(slices)
         rounds = [self._native(each) for each in plan.rounds]
         answers = [part for part in plan.evicting if self._eviction.is_answer(part)]
@@ -133,6 +134,7 @@ class NativeKVAttention(KVAttention):
         super().evict(plan, layer, memory, queries)
         if not self.kind.format.by_page and (plan.leaving or plan.recordable):
             # A recording is replayed for others, of which tokens may leave.
+            # Not NOBODY itself, which would be overwritten.
             leaving = plan.leaving.setdefault(layer, Struct((0, None)))
             self._eviction.replace_tokens(leaving, memory, queries)
 

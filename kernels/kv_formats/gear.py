@@ -86,11 +86,11 @@ class Gear:
 
     def _decoded(self, parts: Parts, side: str, axis: int) -> Tensor:
         rows = dequantize(unpack(parts[f"{side}s"], self.bits), parts[f"{side}_scales"], axis)
+        left = parts[f"{side}_rows"].transpose(1, 2)
+        rows = rows + product(left, parts[f"{side}_columns"]).transpose(1, 2)
         # A page that nothing was stored in may have any places.
         channels = parts[f"{side}_outlier_places"].long().clamp_(0, rows.shape[-1] - 1)
-        rows.scatter_(-1, channels, parts[f"{side}_outliers"].float())
-        left = parts[f"{side}_rows"].transpose(1, 2)
-        return rows + product(left, parts[f"{side}_columns"]).transpose(1, 2)
+        return rows.scatter_(-1, channels, parts[f"{side}_outliers"].float())
 
 
 def _outliers(head_dim: int) -> int:

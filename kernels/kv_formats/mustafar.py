@@ -83,6 +83,7 @@ def centered(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Each page's mean `[pages, kv_heads, head_dim]`, and what the keys are beside it `[pages,
     tokens, kv_heads, head_dim]`, both of the keys' dtype."""
     keys = finite(keys)
-    # In float64 the sum of half-precision numbers does not depend on their order.
+    # In float64, where the order of a sum of half-precision numbers makes no difference as long as
+    # they are not 2^40 times as large as others.
     means = (keys.double().sum(1) / keys.shape[1]).float().to(keys.dtype)
     return means, (keys.float() - means.float()[:, None]).to(keys.dtype)

@@ -140,7 +140,8 @@ def rank_constants(shape: AttentionShape, pages: Pages, notes: Notes) -> dict[st
     }
 
 
-@triton.jit
+# Both numbers change from step to step.
+@triton.jit(do_not_specialize=["asks_at", "width"])
 def score_kernel(
     queries_ptr,
     pages_ptr,
@@ -222,7 +223,7 @@ def score_kernel(
     tl.store(to, scores, mask=(row < GROUP)[:, None] & (block < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["asks_at", "width"])
 def rank_kernel(
     scores_ptr,
     ranks_ptr,

@@ -63,7 +63,8 @@ def decode_constants(
     }
 
 
-@triton.jit
+# The width of lists changes from step to step.
+@triton.jit(do_not_specialize=["width"])
 def decode_kernel(
     queries_ptr,
     pages_ptr,

@@ -199,9 +199,15 @@ def mended(
     tokens, row, tile, AT: tl.constexpr, TYPE: tl.constexpr, PAGES: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """GEAR: outliers in their places, and then what the factors of the page add."""
+    """GEAR: what the factors of the page add, and then outliers in their places."""
     OUTLIERS: tl.constexpr = PAGES.outliers
     feature = tl.arange(0, BLOCK_DIM)
+    own = tokens.encoded[:, None] & (feature < PAGES.head_dim)[None, :]
+    for rank in tl.static_range(RANK):
+        left = load_each(tokens, row * RANK, AT.rows, tl.float16, rank)
+        column = (tokens.head * RANK + rank) * PAGES.head_dim + feature
+        at = section(tokens, AT.columns, tl.float16)[:, None] + column[None, :]
+        tile += left[:, None] * tl.load(at, mask=own, other=0.0).to(tl.float32)
     for number in tl.static_range(OUTLIERS):
         first = row * OUTLIERS
         if PAGES.place_bits == 8:
@@ -211,10 +217,4 @@ def mended(
         outliers = load_each(tokens, first, AT.outliers, TYPE, number)
         here = feature[None, :] == channels.to(tl.int32)[:, None]
         tile = tl.where(here, outliers[:, None], tile)
-    own = tokens.encoded[:, None] & (feature < PAGES.head_dim)[None, :]
-    for rank in tl.static_range(RANK):
-        left = load_each(tokens, row * RANK, AT.rows, tl.float16, rank)
-        column = (tokens.head * RANK + rank) * PAGES.head_dim + feature
-        at = section(tokens, AT.columns, tl.float16)[:, None] + column[None, :]
-        tile += left[:, None] * tl.load(at, mask=own, other=0.0).to(tl.float32)
     return tile

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from polydelta.kernels.kv_formats.by_name import FORMATS
+from polydelta.kernels.kv_notes import representatives
 from polydelta.kernels.kv_selecting import select
 from polydelta.kernels.kv_selection import FULL, DoubleSparsity, InfLLM, Quest, Selection
 from polydelta.kernels.ops import SequenceSlice
@@ -271,6 +272,19 @@ def test_a_choice_is_ascending_and_has_the_querys_own_token(
     assert (reads.diff(dim=1) > 0).all()
     assert (reads[:, 0] >= 0).all()
     assert (reads[:, -1] == 76).all()
+
+
+@pytest.mark.parametrize(("tokens", "head_dim"), [(16, 64), (31, 40), (7, 128), (56, 16)])
+def test_representatives_are_the_same_whatever_pages_close_beside(
+    tokens: int, head_dim: int
+) -> None:
+    """Of keys that are near to one another."""
+    chance = torch.Generator().manual_seed(tokens)
+    own = torch.randn(40, tokens, 3, head_dim, generator=chance)
+    keys = (1 + own * 1e-4).float()
+    together = representatives(keys, 4)
+    alone = torch.cat([representatives(page[None], 4) for page in keys])
+    assert torch.equal(together, alone)
 
 
 def test_a_page_of_few_tokens_repeats_its_representatives(kv_trial: Trial) -> None:

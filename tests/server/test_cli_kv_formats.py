@@ -30,8 +30,8 @@ def run(polydelta: Callable[..., tuple[int, str, str]], monkeypatch: pytest.Monk
 
 
 def rows(out: str) -> list[list[str]]:
-    """Of both tables, by their cells."""
-    lines = [line.replace("│", "|") for line in out.splitlines() if line.startswith(("|", "│"))]
+    """Of both tables in Markdown, by their cells."""
+    lines = [line for line in out.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -55,8 +55,18 @@ def test_every_method_is_listed(run: Run) -> None:
         assert all((flag, in_full(name)) in composed for name in names_of(option))
 
 
+def test_no_name_is_cut_off_in_a_narrow_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run()
+    for option in Option:
+        assert f"--{option.replace('_', '-')}" in out
+        assert all(in_full(name) in out for name in names_of(option))
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
 def test_sizes_are_those_of_the_default_model(run: Run) -> None:
-    table = by_format(run())
+    table = by_format(run("--markdown"))
     # 30 layers, keys and values, 3 heads of 64, 2 bytes; pages of 16 tokens in 2 GiB.
     assert table["native"] == ["23,040", "16", "93,200", "1.00x"]
     # 31 tokens of 6 * (64 + 2) bytes are 12,276 of a page's 12,288.
@@ -67,12 +77,15 @@ def test_sizes_are_those_of_the_default_model(run: Run) -> None:
 
 
 def test_what_a_selection_notes_takes_room_in_a_page(run: Run) -> None:
-    plain, with_bounds = by_format(run()), by_format(run("--kv-select", "quest"))
+    plain, with_bounds = (
+        by_format(run("--markdown")),
+        by_format(run("--markdown", "--kv-select", "quest")),
+    )
     assert int(with_bounds["native"][1]) < int(plain["native"][1])
 
 
 def test_another_pool_holds_another_number_of_tokens(run: Run) -> None:
-    table = by_format(run("--pool", "64MiB"))
+    table = by_format(run("--markdown", "--pool", "64MiB"))
     assert table["native"][2] == f"{(64 << 20) // (12_288 * 30) * 16:,}"
 
 

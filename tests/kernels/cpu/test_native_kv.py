@@ -119,6 +119,22 @@ def test_all_formats_in_all_shapes(
     same_pages(ours, other)
 
 
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_scales_may_be_as_large_as_numbers_are(
+    both: Callable[..., tuple[Any, Any]], near: Near, format: str
+) -> None:
+    """Beyond them zero times the scale is not infinity times zero."""
+    trials = both(format, [20, 9], page_tokens=4)
+    for trial in trials:
+        trial.values[0][3, 0, 5] = 300_000.0
+        trial.queries[0] *= 0.1
+    ours, other = (trial.run() for trial in trials)
+    for mine, wanted in zip(ours, other, strict=True):
+        assert torch.isfinite(mine).all()
+        scale = wanted.double().abs().amax().clamp(min=1)
+        near(mine / scale, wanted / scale, BF16)
+
+
 @pytest.mark.parametrize("format", ["native", "int8", "kivi-2"])
 @pytest.mark.parametrize("window", [None, 1, 8, 40, 100])
 @pytest.mark.parametrize("selection", [FULL, Window(4, 6), Window(0, 1), Window(33, 35)], ids=str)

@@ -47,6 +47,17 @@ def test_outliers_of_each_row_are_stored_as_they_are(
             assert numbers.tolist() == row[mine].tolist()
 
 
+def test_outliers_are_read_as_they_are(
+    shape: tuple[int, int, int], rows: Rows, parts_of: PartsOf
+) -> None:
+    sides = rows(shape)
+    got = Gear().decode(parts_of(Gear(), *sides))
+    for given, mine in zip(sides, got, strict=True):
+        for row, read in zip(given.flatten(0, -2), mine.flatten(0, -2), strict=True):
+            places = outliers(row)
+            assert read[places].tolist() == row[places].tolist()
+
+
 def test_places_of_wide_heads_are_two_bytes(rows: Rows, parts_of: PartsOf) -> None:
     keys, values = rows((3, 1, 304))
     parts = parts_of(Gear(), keys, values)
@@ -83,10 +94,10 @@ def test_what_is_read_is_the_sum_of_the_parts(
     parts = parts_of(Gear(), keys, values)
     for side, got in zip(("key", "value"), Gear().decode(parts), strict=True):
         expected = backbone(parts, side)
-        places = parts[f"{side}_outlier_places"].long()
-        expected = expected.scatter(-1, places, parts[f"{side}_outliers"].double())
         left, right = parts[f"{side}_rows"].double(), parts[f"{side}_columns"].double()
         expected += torch.einsum("pthr,phrd->pthd", left, right)
+        places = parts[f"{side}_outlier_places"].long()
+        expected = expected.scatter(-1, places, parts[f"{side}_outliers"].double())
         assert torch.allclose(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
