@@ -94,12 +94,13 @@ def tokens_read(selection: Selection, block_size: int, prompt: int, context: int
     match selection:
         case Window(sinks, recent):
             tokens = sinks + recent
-        case Quest(budget):
-            tokens = max(3, -(-budget // block_size)) * block_size
+        case Quest() as quest:
+            tokens = quest.num_pages(block_size) * block_size
         case DoubleSparsity(budget):
             tokens = budget
-        case InfLLM(sinks, recent, budget):
-            tokens = sinks + recent + -(-budget // block_size) * block_size
+        case InfLLM() as infllm:
+            chosen = infllm.num_chosen(block_size) * block_size
+            tokens = infllm.sinks + infllm.recent + chosen
         case SnapKV():
             tokens = selection.kept(prompt) + context - prompt
         case H2O():

@@ -20,8 +20,6 @@ from polydelta.kernels.ops import SequenceSlice
 
 # Tokens of InfLLM's pages that are decoded together.
 _AT_ONCE = 1024
-# The first page, the query's own, and one that is chosen.
-_LEAST_PAGES = 3
 
 
 def select(
@@ -54,7 +52,7 @@ def _quest(
 ) -> Tensor | None:
     """queries: `[kv_heads, group, head_dim]`, here and below."""
     own = (part.context - 1) // kind.layout.block_size
-    count = max(_LEAST_PAGES, _pages(kind, quest.budget))
+    count = quest.num_pages(kind.layout.block_size)
     if own < count:
         return None
     pages = torch.tensor(part.pages[1:own], device=queries.device)
@@ -101,18 +99,16 @@ def _infllm(
     kind: KVKind, memory: KVMemory, part: SequenceSlice, queries: Tensor, infllm: InfLLM
 ) -> Tensor | None:
     size = kind.layout.block_size
-    # Blocks between the sinks and the newest tokens, with none of either.
-    first, end = -(-infllm.sinks // size), (part.context - infllm.recent) // size
-    count = _pages(kind, infllm.budget)
-    if end - first <= count:
+    between, count = infllm.blocks(part.context, size), infllm.num_chosen(size)
+    if len(between) <= count:
         return None
-    blocks = torch.arange(first, end, device=queries.device)
+    blocks = torch.tensor(between, device=queries.device)
     scores = [
         _represented(kind, memory, part, precise(queries), some)
         for some in blocks.split(max(1, _AT_ONCE // size))
     ]
-    chosen = _best(_largest_shares(kind, torch.cat(scores, -1)), count) + first
-    return _tokens(kind, part, first, chosen, end)
+    chosen = _best(_largest_shares(kind, torch.cat(scores, -1)), count) + between.start
+    return _tokens(kind, part, between.start, chosen, between.stop)
 
 
 def _represented(
@@ -140,11 +136,6 @@ def _grouped(kind: KVKind, queries: Tensor) -> Tensor:
 def _largest_shares(kind: KVKind, scores: Tensor) -> Tensor:
     """Logarithms of them, `[kv_heads, group, n]` -> `[kv_heads, n]`."""
     return (scores / math.sqrt(kind.shape.head_dim)).log_softmax(-1).amax(1)
-
-
-def _pages(kind: KVKind, budget: int) -> int:
-    """That hold so many tokens."""
-    return -(-budget // kind.layout.block_size)
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

@@ -56,6 +56,10 @@ class Quest:
     # Of the way from the middle of a channel's bounds to the one that gives most.
     reach: ClassVar[float] = 0.5
 
+    def num_pages(self, block_size: int) -> int:
+        """That are read: the first one, the query's own, and at least one that is chosen."""
+        return max(3, -(-self.budget // block_size))
+
     def __str__(self) -> str:
         return f"{self.name}:{self.budget}"
 
@@ -86,6 +90,14 @@ class InfLLM:
     budget: int = 2048
     # Representatives of a page.
     representatives: ClassVar[int] = 4
+
+    def blocks(self, context: int, block_size: int) -> range:
+        """Pages between the first tokens and the newest, with none of either."""
+        return range(-(-self.sinks // block_size), (context - self.recent) // block_size)
+
+    def num_chosen(self, block_size: int) -> int:
+        """Of these pages."""
+        return -(-self.budget // block_size)
 
     def __str__(self) -> str:
         return f"{self.name}:{self.sinks}+{self.recent}+{self.budget}"

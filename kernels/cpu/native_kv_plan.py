@@ -148,20 +148,20 @@ def _choice(kind: KVKind, part: SequenceSlice, dense: bool) -> _Choice | None:
     size, context = kind.layout.block_size, part.context
     own = (context - 1) // size
     match part.selection:
-        case Quest(budget) if not dense:
-            count = max(3, -(-budget // size))
+        case Quest() as quest if not dense:
+            count = quest.num_pages(size)
             if own < count:
                 return None
             listed = (count - 1) * size + context - own * size
             return _Choice(_BOUNDS, 1, own - 1, count - 2, listed)
         case DoubleSparsity(budget) if context > budget:
             return _Choice(_LABELS, 0, context - 1, budget - 1, budget)
-        case InfLLM(sinks, recent, budget):
-            count, first, end = -(-budget // size), -(-sinks // size), (context - recent) // size
-            if end - first <= count:
+        case InfLLM() as infllm:
+            between, count = infllm.blocks(context, size), infllm.num_chosen(size)
+            if len(between) <= count:
                 return None
-            listed = (first + count) * size + context - end * size
-            return _Choice(_REPRESENTATIVES, first, end - first, count, listed)
+            listed = context - (len(between) - count) * size
+            return _Choice(_REPRESENTATIVES, between.start, len(between), count, listed)
     return None
 
 

@@ -65,9 +65,8 @@ class Choice:
         """None for a selection that chooses otherwise, or not at all."""
         size = kind.layout.block_size
         match selection:
-            case Quest(budget=budget) if kind.layout.has("key_least"):
-                # The first page, the query's own, and one that is chosen.
-                return cls(size, max(3, -(-budget // size)))
+            case Quest() as quest if kind.layout.has("key_least"):
+                return cls(size, quest.num_pages(size))
             case DoubleSparsity(budget) if kind.layout.has("labels"):
                 return cls(1, budget)
         return None
