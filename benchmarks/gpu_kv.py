@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu_engine import made_engine
 from benchmarks.gpu_figures import Figure
-from benchmarks.gpu_setup import BLOCK_SIZE, DTYPE, Setup, relative_error
+from benchmarks.gpu_setup import DTYPE, Setup, relative_error
 from benchmarks.kv_reader import Way
 from benchmarks.kv_ways import NATIVE, bytes_read
 from polydelta.engine.kv_spec import KVSpec
@@ -87,7 +87,7 @@ class Cache:
             channels = torch.arange(0, model.head_dim, self.selection.label_share)
             labels = channels.repeat(layers, model.num_kv_heads, 1).to(setup.device)
         config = replace(model, num_layers=layers)
-        self.spec = KVSpec.of(config, DTYPE, BLOCK_SIZE, way.format, self.selection, labels)
+        self.spec = KVSpec.of(config, DTYPE, None, way.format, self.selection, labels)
         self.kind = self.spec.kind(self.spec.shape(None, model.context_length))
         size = self.spec.block_size
         # A step in which no page becomes full, as most are.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kv_reader import BLOCK_SIZE, Model, Reader, Way
+from benchmarks.kv_reader import Model, Reader, Way
 from benchmarks.kv_retrieval import Haystack, Scores, no_scores, search
 from benchmarks.kv_ways import key, read_share
 from polydelta.kernels.kv_selection import H2O, parse_selection
@@ -32,8 +32,8 @@ class Work:
     # Each read by itself; its first half is the prompt, the rest counts.
     windows: Sequence[Sequence[int]]
     haystacks: Sequence[Haystack]
-    # Native tokens of a page.
-    block_size: int = BLOCK_SIZE
+    # Native tokens of a page; None for what suits each format.
+    block_size: int | None = None
 
     @property
     def prompt(self) -> int:
@@ -144,7 +144,7 @@ def measure(
     outcome = Outcome(
         way,
         spec.block_size,
-        spec.page_bytes * spec.config.num_layers / spec.block_size,
+        spec.token_bytes,
         read_share(spec, selection, work.prompt, contexts),
     )
     for number, window in enumerate(windows):

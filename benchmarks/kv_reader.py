@@ -35,7 +35,6 @@ from polydelta.engine.sequence import ScheduledSequence, Sequence as TokenSequen
 from polydelta.kernels.kv_selection import XAttention, parse_prefill, parse_selection
 from polydelta.kernels.ops import Kernels
 
-BLOCK_SIZE = 16
 # Tokens of a step; logits are computed for so many of them at once.
 STEP = 512
 
@@ -95,9 +94,9 @@ class Reader:
     """Reads one text after another; for one thread."""
 
     def __init__(
-        self, model: Model, way: Way, labels: Tensor | None = None, block_size: int = BLOCK_SIZE
+        self, model: Model, way: Way, labels: Tensor | None = None, block_size: int | None = None
     ) -> None:
-        """labels: for double-sparsity, as in `KVSpec`; block_size: native tokens of a page."""
+        """labels: for double-sparsity; block_size: native tokens of a page; both as in `KVSpec`."""
         self._model = model
         selection, prefill = parse_selection(way.selection), parse_prefill(way.prefill)
         config, kernels = model.config, model.kernels

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import torch
 
-from benchmarks.kv_reader import BLOCK_SIZE, Way
+from benchmarks.kv_reader import Way
 from benchmarks.mixed_kinds import MadeAdapters
 from polydelta.adapters_store.host_store import HostStore
 from polydelta.adapters_store.reference import AdapterRef
@@ -48,7 +48,7 @@ class Stepping:
         channels = torch.arange(config.head_dim // DoubleSparsity.label_share)
         labels = channels.repeat(config.num_layers, config.num_kv_heads, 1)
         self.way = way
-        self.spec = KVSpec.of(config, dtype, BLOCK_SIZE, way.format, selection, labels)
+        self.spec = KVSpec.of(config, dtype, None, way.format, selection, labels)
         self._selection = selection
         self._rules = KVRules(selection, None, way.format, self.spec.format.by_page)
         each = -(-longest // self.spec.block_size)

@@ -23,7 +23,8 @@ class EngineConfig:
     # Steps that are launched before the tokens of the one before are known, 0 or 1; None as above.
     steps_ahead: int | None = None
     # Tokens of KV in one page, as the model computes it; other formats have more in as many bytes.
-    block_size: int = 16
+    # None takes what suits the format.
+    block_size: int | None = None
     # How keys and values are stored: a format of kv_composition.ROWS.
     kv_format: str = "native"
     # What queries read of them, such as "window:4+512" (kernels.kv_selection says more).

@@ -46,7 +46,7 @@ class PerRequest(StrEnum):
     ALWAYS = "yes"
     # Pages note what the server's own selection asks of them.
     SAME_KIND = "where it is the server's, with any numbers"
-    NEVER = "no"
+    NEVER = "only the server's own"
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,16 @@ class Row:
 
 
 _BY_TOKEN = ("native", "int8")
-_UNROTATED = ("fp8", "mustafar-50", "mustafar-70", "kivi-4", "kivi-2", "gear")
+_UNROTATED = ("mustafar-50", "mustafar-70", "kivi-4", "kivi-2", "gear")
 # What a few channels had is spread over all of them.
-_ROTATED = ("int4",)
+_ROTATED = ("int4", "fp8")
 _BY_PAGE = (*_UNROTATED, *_ROTATED)
 _VOTES_TOGETHER = f"the last {SnapKV.window} tokens together"
 
 ROWS = (
     Row(Option.FORMAT, _BY_TOKEN, Shared.PAGES),
-    Row(Option.FORMAT, _UNROTATED, Shared.PAGES),
     Row(Option.FORMAT, _ROTATED, Shared.PAGES),
+    Row(Option.FORMAT, _UNROTATED, Shared.PAGES),
     Row(Option.SELECT, ("full",), Shared.PAGES, per_request=PerRequest.ALWAYS),
     Row(
         Option.SELECT,

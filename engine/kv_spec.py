@@ -17,6 +17,8 @@ from polydelta.kernels.kv_sections import page_layout_for
 from polydelta.kernels.kv_selection import FULL, H2O, Selection, Window
 from polydelta.kernels.ops import AttentionShape
 
+MIB = 1 << 20
+
 
 def kv_page_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one layer's keys and values for `block_size` native tokens: the size of a page."""
@@ -42,16 +44,18 @@ class KVSpec:
         cls,
         config: ModelConfig,
         dtype: torch.dtype,
-        native_tokens: int,
+        native_tokens: int | None = None,
         format_name: str = "native",
         selection: Selection = FULL,
         labels: Tensor | None = None,
     ) -> KVSpec:
-        """native_tokens: those that make the size of a page. Raises ValueError for a format that
-        cannot store the model's heads, or of which no token fits a page."""
+        """native_tokens: those that make the size of a page; None for what suits the format. Raises
+        ValueError for a format that cannot store the model's heads, or of which no token fits a
+        page."""
+        format = FORMATS[format_name]()
+        native_tokens = native_tokens or format.native_tokens
         page_bytes = kv_page_bytes(config, native_tokens, dtype)
         shape = KVShape(config.num_kv_heads, config.head_dim, dtype)
-        format = FORMATS[format_name]()
         layout = page_layout_for(format, selection, shape, page_bytes)
         if not layout.block_size:
             raise ValueError(
@@ -69,6 +73,11 @@ class KVSpec:
     @property
     def page_bytes(self) -> int:
         return self.layout.page_bytes
+
+    @property
+    def token_bytes(self) -> float:
+        """Of one token's share of its pages, all layers together."""
+        return self.page_bytes * self.config.num_layers / self.block_size
 
     @property
     def is_plain(self) -> bool:
@@ -93,8 +102,24 @@ class KVSpec:
     def pages_in(self, pool_bytes: int, max_batch_size: int) -> int:
         """Of a pool, which also pays for what sequences have outside of pages."""
         left = pool_bytes - self.open_bytes * (max_batch_size + 1)
-        page_bytes = self.page_bytes + self.noted_bytes
-        return max(0, left) // (page_bytes * self.config.num_layers)
+        return max(0, left) // self._page_bytes
+
+    def too_small(self, pool_bytes: int, num_pages: int, max_batch_size: int) -> str:
+        """Of a pool that does not hold so many pages: what it is short of, and what can be done."""
+        opened = self.open_bytes * (max_batch_size + 1)
+        besides = f" besides the open pages of {max_batch_size} sequences" if opened else ""
+        remedy = f"raise pool to {-(-(opened + num_pages * self._page_bytes) // MIB)} MiB"
+        room = self.pages_in(pool_bytes, max_batch_size) or "no"
+        return (
+            f"A pool of {pool_bytes / MIB:.1f} MiB has room for {room} pages of "
+            f"{self._page_bytes / MIB:.2f} MiB{besides}: {remedy}"
+            f"{', or lower max_batch_size' if opened else ''}."
+        )
+
+    @property
+    def _page_bytes(self) -> int:
+        """Of all layers, with what is kept beside a page."""
+        return (self.page_bytes + self.noted_bytes) * self.config.num_layers
 
     @property
     def read_at_most(self) -> int | None:

@@ -16,9 +16,10 @@ def rotated(heads: Tensor) -> Tensor:
     """heads: `[tokens, heads, head_dim]` -> the same shape and dtype. A head is rotated in parts of
     the largest power of two that divides head_dim; twice, it is as it was but for rounding."""
     matrix = hadamard(part(heads.shape[-1])).to(heads.device)
-    # In float64 a row is rounded alike whoever is multiplied with it.
+    # Sums of numbers of half precision are exact in float64, so a row is rounded alike in any order
+    # and whoever is multiplied with it.
     turned: Tensor = heads.double().unflatten(-1, (-1, len(matrix))) @ matrix
-    return turned.flatten(-2).to(heads.dtype)
+    return turned.mul_(1 / len(matrix) ** 0.5).flatten(-2).to(heads.dtype)
 
 
 def part(head_dim: int) -> int:
@@ -28,8 +29,8 @@ def part(head_dim: int) -> int:
 
 @cache
 def hadamard(size: int) -> Tensor:
-    """Sylvester's, orthonormal, `[size, size]` float64; size: a power of two."""
+    """Sylvester's, of ones and minus ones, `[size, size]` float64; size: a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix.div_(size**0.5)
+    return matrix

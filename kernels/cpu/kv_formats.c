@@ -7,8 +7,8 @@ enum { KEY_SIDE, VALUE_SIDE, SIDES };
 /* Numbers of KIVI that share a range, as `codes.GROUP`. */
 enum { CODE_GROUP = 32 };
 
-/* Bytes from the beginning of a page to sections of keys, or of values; not used where the format
- * has none of the kind. means: of the page, a row for each head. */
+/* Bytes from the beginning of a page to sections of keys, or of values; below 0 where the format has
+ * none of the kind. means: of the page, a row for each head. */
 typedef struct {
     int64_t codes, scales, bits, outliers, outlier_places, rows, columns, means;
 } KVSide;
@@ -144,7 +144,7 @@ static inline void expand_int4_row(uint16_t *to, const RowAt *at, int64_t dim) {
 
 /* The page's mean, in bfloat16, where rows are what differs from it; else NULL. */
 static inline uint16_t *means_at(const RowAt *at) {
-    if (at->side != at->layout->sides + KEY_SIDE) return NULL;
+    if (at->side->means < 0) return NULL;
     return (uint16_t *)(at->page + at->side->means) + at->head * at->layout->head_dim;
 }
 

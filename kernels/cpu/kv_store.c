@@ -215,7 +215,7 @@ static void encode_page_item(const void *task, int64_t item) {
     const char *page = page_at(&of->cache, of->stored->closing[number]);
     for (int64_t side = 0; side < SIDES; side++) {
         RowAt to = {layout, layout->sides + side, page, 0, head};
-        const uint16_t *means = layout->format == MUSTAFAR ? means_at(&to) : NULL;
+        const uint16_t *means = means_at(&to);
         const uint16_t *first = open_row(&of->cache, slot, 0, side, head);
         if (means) note_means(&to, first, SIDES * layout->kv_heads * dim);
         for (; to.place < layout->block_size; to.place++) {

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from polydelta.kernels.kv_layout import Section
 
+# Of a page, where a format asks for no other number.
+NATIVE_TOKENS = 16
+
 # By the names of sections, `[pages, *section.shape]` each.
 Parts = Mapping[str, Tensor]
 
@@ -33,6 +36,8 @@ class KVFormat(Protocol):
     # a buffer outside of the pool. Otherwise each token is encoded at once, by itself: then the
     # first axis of each section is the page's tokens.
     by_page: bool
+    # Of native KV in a page, where an operator sets none.
+    native_tokens: int
     # Whether keys, and queries with them, are rotated before anything is done with them
     # (`kv_rotation.py`).
     rotates_keys: bool

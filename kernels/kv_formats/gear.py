@@ -9,7 +9,7 @@ from torch import Tensor
 
 from polydelta.kernels.kv_formats.bit_packing import pack, unpack
 from polydelta.kernels.kv_formats.codes import finite
-from polydelta.kernels.kv_formats.format import KVShape, Parts
+from polydelta.kernels.kv_formats.format import NATIVE_TOKENS, KVShape, Parts
 from polydelta.kernels.kv_formats.kivi import CHANNELS, TOKENS, Kivi, dequantize, quantize
 from polydelta.kernels.kv_formats.low_rank import low_rank, product
 from polydelta.kernels.kv_layout import Section
@@ -26,6 +26,7 @@ class Gear:
 
     name = "gear"
     by_page = True
+    native_tokens = NATIVE_TOKENS
     rotates_keys = False
     bits = 2
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from polydelta.kernels.kv_formats.bit_packing import pack, unpack
 from polydelta.kernels.kv_formats.codes import GROUP, finite, ranged
-from polydelta.kernels.kv_formats.format import KVShape, Parts
+from polydelta.kernels.kv_formats.format import NATIVE_TOKENS, KVShape, Parts
 from polydelta.kernels.kv_layout import Section
 
 # Where tokens and channels lie in `[pages, tokens, kv_heads, head_dim]`.
@@ -22,6 +22,7 @@ class Kivi:
     tokens, which the authors keep whole (32 to 128 of them), are the page that is not full yet."""
 
     by_page = True
+    native_tokens = NATIVE_TOKENS
     rotates_keys = False
 
     def __init__(self, bits: int) -> None:

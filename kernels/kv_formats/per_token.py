@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from polydelta.kernels.kv_formats.format import KVShape, Parts
+from polydelta.kernels.kv_formats.format import NATIVE_TOKENS, KVShape, Parts
 from polydelta.kernels.kv_layout import Section
 
 
@@ -17,6 +17,7 @@ class PerToken(ABC):
 
     name: str
     by_page = False
+    native_tokens = NATIVE_TOKENS
     rotates_keys = False
 
     def sections(self, tokens: int, shape: KVShape) -> Sequence[Section]:

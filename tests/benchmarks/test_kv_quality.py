@@ -16,7 +16,7 @@ import typer
 from benchmarks.kv_measuring import Outcome
 from benchmarks.kv_quality_plot import Point, draw, save
 from benchmarks.kv_quality_tables import cost_table, retrieval_table
-from benchmarks.kv_reader import BLOCK_SIZE, Way
+from benchmarks.kv_reader import Way
 from benchmarks.kv_retrieval import LINES, MULTI_KEY, NEEDLE, Score, haystacks
 from benchmarks.kv_texts import Text
 from benchmarks.kv_ways import NATIVE, bytes_read, key, named, read_share, token_bytes, ways
@@ -36,7 +36,7 @@ def text(default_checkpoint: Checkpoint) -> Text:
 
 
 def spec(checkpoint: Checkpoint, format: str = "native", selection: str = "full") -> KVSpec:
-    return KVSpec.of(checkpoint.config, DTYPE, BLOCK_SIZE, format, parse_selection(selection))
+    return KVSpec.of(checkpoint.config, DTYPE, 16, format, parse_selection(selection))
 
 
 def outcome(way: Way, *losses: float) -> Outcome:

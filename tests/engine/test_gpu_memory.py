@@ -87,7 +87,7 @@ def test_the_largest_step_runs_through_every_layer(decoder: Decoder) -> None:
         ("native", FULL, XAttention(), [XAttention()]),
         ("native", Quest(9), None, [FULL, Quest(9)]),
         ("int8", Quest(9), XAttention(), [FULL, XAttention(), Quest(9)]),
-        ("fp8", DoubleSparsity(7), None, [FULL, DoubleSparsity(7)]),
+        ("kivi-4", DoubleSparsity(7), None, [FULL, DoubleSparsity(7)]),
     ],
 )
 def test_what_the_server_reads_with_is_measured_too(

@@ -9,11 +9,11 @@ from polydelta.kernels.kv_rotation import hadamard, part, rotated
 
 
 @pytest.mark.parametrize("size", [1, 2, 16, 64])
-def test_the_matrix_is_orthonormal_and_its_own_inverse(size: int) -> None:
+def test_the_matrix_is_orthogonal_and_its_own_inverse(size: int) -> None:
     matrix = hadamard(size)
     assert torch.equal(matrix, matrix.T)
-    torch.testing.assert_close(matrix @ matrix, torch.eye(size, dtype=torch.float64))
-    assert matrix.abs().unique().tolist() == [pytest.approx(size**-0.5)]
+    assert torch.equal(matrix @ matrix, size * torch.eye(size, dtype=torch.float64))
+    assert matrix.abs().unique().tolist() == [1]
 
 
 @pytest.mark.parametrize(("head_dim", "size"), [(64, 64), (80, 16), (10, 2), (7, 1), (96, 32)])
@@ -24,7 +24,7 @@ def test_heads_are_rotated_in_parts_of_a_power_of_two(head_dim: int, size: int) 
     torch.testing.assert_close((rotated(queries) * rotated(keys)).sum(-1), (queries * keys).sum(-1))
     for start in range(0, head_dim, size):
         there = slice(start, start + size)
-        expected = keys[..., there].double() @ hadamard(size)
+        expected = keys[..., there].double() @ hadamard(size) / size**0.5
         torch.testing.assert_close(rotated(keys)[..., there].double(), expected, atol=1e-6, rtol=0)
 
 
@@ -32,6 +32,15 @@ def test_a_row_is_rotated_alike_whoever_is_beside_it() -> None:
     heads = torch.randn(37, 2, 48)
     for row in range(len(heads)):
         assert torch.equal(rotated(heads[row : row + 1])[0], rotated(heads)[row])
+
+
+@pytest.mark.parametrize("size", [2, 8, 64])
+def test_what_cancels_is_zero(size: int) -> None:
+    """And no rest of a rounding, which another order of the sum would not have."""
+    heads = torch.full((1, 1, size), 0.3)
+    (turned,) = rotated(heads)[0]
+    assert turned[0] == pytest.approx(0.3 * size**0.5)
+    assert not turned[1:].any()
 
 
 def test_a_channel_that_is_large_everywhere_is_spread_over_all() -> None:
