@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,12 +26,12 @@ from typing import Annotated, Any
 import triton
 import typer
 from rich import box
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.wide_console import wide_console
 from polydelta.kernels.triton.shipped import MODULES, shipped
 from polydelta.kernels.triton.shipping import Floor, ShippedKernel
 
@@ -248,7 +247,7 @@ def main(
 ) -> None:
     """Compiles all kernels and prints what they take. Ends with 1 when one failed."""
     # Names are long; where there is no terminal, Rich would take 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = wide_console()
     arches = sorted(set(arch or GPUS))
     if unknown := set(arches) - GPUS.keys():
         raise typer.BadParameter(f"sm_{unknown.pop()} is not among {', '.join(map(str, GPUS))}.")

@@ -29,18 +29,18 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from benchmarks.kv_measuring import BARS, Outcome, Truth, Work, measure
 from benchmarks.kv_quality_plot import Point, draw, save
 from benchmarks.kv_quality_tables import cost_table, retrieval_table
-from benchmarks.kv_reader import BLOCK_SIZE, Model, Way
+from benchmarks.kv_reader import Model, Way
 from benchmarks.kv_retrieval import haystacks
 from benchmarks.kv_texts import LICENCE, NAME, Text
 from benchmarks.kv_ways import named, ways
 from benchmarks.machine import describe_machine
+from benchmarks.wide_console import wide_console
 from polydelta.engine.kv_calibrating import calibrate
 from polydelta.engine.models.checkpoint import Checkpoint, open_checkpoint
 from polydelta.kernels.ops import Kernels, kernels_for
@@ -62,8 +62,8 @@ class Size:
     adapter_lengths: Sequence[int]
     adapter_depths: Sequence[float]
     calibrated: int | None = None
-    # Native tokens of a page.
-    block_size: int = BLOCK_SIZE
+    # Native tokens of a page; None for what suits each format.
+    block_size: int | None = None
 
 
 FULL = Size(4096, 13, (512, 1024, 2048, 4096, 8192), (0.1, 0.5, 0.9), 3, (512, 2048), (0.5,))
@@ -156,8 +156,13 @@ def main(
         typer.Option(help='Ways, such as "int8,quest,int4+quest"; native full attention always.'),
     ] = None,
     block_size: Annotated[
-        int, typer.Option(help="Native tokens of a page: the open one is not compressed.", min=1)
-    ] = BLOCK_SIZE,
+        int | None,
+        typer.Option(
+            help="Native tokens of a page: the open one is not compressed. Without it, what suits "
+            "each format.",
+            min=1,
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny sizes, to see that it runs; judges nothing.")
     ] = False,
@@ -166,7 +171,7 @@ def main(
     ] = RESULT,
 ) -> None:
     """Perplexity, divergence and key retrieval of every KV format and selection."""
-    console, size = Console(), replace(QUICK if quick else FULL, block_size=block_size)
+    console, size = wide_console(), replace(QUICK if quick else FULL, block_size=block_size)
     chosen = named(ways(size.window, size.window // 2), only)
     checkpoint = open_checkpoint(None)
     if windows is not None:

@@ -25,7 +25,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -33,6 +32,7 @@ from benchmarks.kv_reader import Way
 from benchmarks.kv_stepping import STAGGER, Stepping
 from benchmarks.kv_ways import NATIVE, key, named, ways
 from benchmarks.machine import describe_machine
+from benchmarks.wide_console import wide_console
 from polydelta.engine.config import EngineConfig
 from polydelta.engine.device import limits_for
 from polydelta.engine.kv_spec import KVSpec
@@ -112,7 +112,7 @@ class Outcome:
 
     way: Way
     page_tokens: int
-    # Tokens in a page, and in the default pool, over those of native KV.
+    # Tokens in the bytes of a page, and in the default pool, over those of native KV.
     page_ratio: float
     pool_tokens: int
     pool_ratio: float
@@ -193,7 +193,7 @@ def _measure(
     return Outcome(
         way,
         tokens,
-        tokens / native.spec.block_size,
+        native.spec.token_bytes / other.spec.token_bytes,
         pool_tokens,
         pool_tokens / _pool_tokens(native.spec),
         rounds,
@@ -257,7 +257,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Where the JSON result goes.")] = RESULT,
 ) -> None:
     """Times decode steps of every KV format and selection beside native full attention."""
-    console, size = Console(), QUICK if quick else FULL
+    console, size = wide_console(), QUICK if quick else FULL
     each = [way for way in ways(size.window, size.window) if way.prefill == "full"]
     chosen = [way for way in named(each, only) if way != NATIVE]
     checkpoint, kernels = open_checkpoint(None), kernels_for(CPU, DTYPE)

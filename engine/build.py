@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 
@@ -200,6 +201,10 @@ def assemble(
     )
 
 
+# For KV: one that is being filled, and one that is left over.
+_LEAST_PAGES = 2
+
+
 @dataclass(frozen=True)
 class PoolSizes:
     """What a pool of some bytes holds."""
@@ -216,17 +221,9 @@ def _sizes(pool_bytes: int, spec: KVSpec, limits: DeviceLimits, config: EngineCo
     model = spec.config
     num_pages = spec.pages_in(pool_bytes, limits.max_batch_size)
     num_kv_pages = round(num_pages * (1 - (config.adapter_share or 0.0)))
-    if num_kv_pages < 2:
-        opened = spec.open_bytes * (limits.max_batch_size + 1)
-        besides = (
-            f" besides {opened} bytes for the open pages of max_batch_size {limits.max_batch_size} "
-            "sequences"
-        )
-        raise ModelError(
-            f"A pool of {pool_bytes} bytes holds {num_pages} pages of {spec.page_bytes} bytes "
-            f"in each of {model.num_layers} layers{besides if opened else ''}: give it more memory"
-            f"{', or lower max_batch_size' if opened else ''}."
-        )
+    if num_kv_pages < _LEAST_PAGES:
+        needed = ceil(_LEAST_PAGES / (1 - (config.adapter_share or 0.0)))
+        raise ModelError(spec.too_small(pool_bytes, needed, limits.max_batch_size))
     fitting = num_kv_pages * spec.block_size
     if spec.read_at_most is not None and spec.read_at_most <= fitting // 2:
         # What a window has left behind takes no room.
@@ -261,6 +258,6 @@ def _max_model_len(config: EngineConfig, context_length: int, fitting: int) -> i
     if asked >= fitting:
         raise ModelError(
             f"max_model_len {asked} leaves no room in a pool of {fitting} tokens: "
-            "give it more memory, or ask for less."
+            "give it a larger pool, or ask for less."
         )
     return asked

@@ -92,7 +92,7 @@ def _fields(path: Path) -> dict[str, Any]:
             "calibrate` wrote."
         ) from None
     except ValueError:
-        fields = None
+        raise ValueError(f"kv_labels {path} is not JSON in UTF-8. {_REMEDY}") from None
     found = fields.get("polydelta_labels") if isinstance(fields, dict) else None
     if found != VERSION:
         raise ValueError(

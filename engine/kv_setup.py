@@ -23,6 +23,7 @@ from polydelta.kernels.kv_selection import (
     Selection,
     parse_prefill,
     parse_selection,
+    usage,
 )
 
 __all__ = ["KVSetup", "Selection", "problem", "requested"]
@@ -93,8 +94,8 @@ def requested(setup: KVSetup, text: str) -> Selection:
     selection = parse_selection(text)
     if _may_ask(setup, selection):
         return selection
-    allowed = [name for name in SELECTIONS if _may_ask(setup, parse_selection(name))]
-    if setup.selection.name not in allowed:
+    allowed = [usage(name) for name in SELECTIONS if _may_ask(setup, parse_selection(name))]
+    if not any(name.startswith(setup.selection.name) for name in allowed):
         allowed.append(str(setup.selection))
     raise ValueError(
         f"{text!r} does not go with how this server keeps KV (kv_format {setup.format}, kv_select "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from polydelta.engine.config import EngineConfig
 from polydelta.engine.device import choose_device, dtype_on, limits_for
-from polydelta.engine.kv_composition import Option, names_of
+from polydelta.engine.kv_composition import Option, apart, names_of, row_of
 from polydelta.engine.kv_spec import KVSpec
 from polydelta.engine.models.config import ModelConfig
 from polydelta.kernels.kv_selection import parse_selection
@@ -18,14 +18,16 @@ _TOLD_FOR = 1 << 30
 
 @dataclass(frozen=True)
 class FormatSize:
-    """Of one format."""
+    """Of one format; numbers are 0 where there is a problem."""
 
     name: str
-    # Tokens in a page; 0 where it cannot store the model's heads.
-    page_tokens: int
-    # Of all layers; 0 likewise.
-    token_bytes: float
-    pool_tokens: int
+    # Tokens in a page.
+    page_tokens: int = 0
+    # Of all layers.
+    token_bytes: float = 0.0
+    pool_tokens: int = 0
+    # Why no token has room, and what can be done; None where there is room.
+    problem: str | None = None
 
 
 def told_pool(config: EngineConfig) -> int:
@@ -39,12 +41,20 @@ def format_sizes(config: EngineConfig, model: ModelConfig) -> Iterator[FormatSiz
     limits, dtype = limits_for(device, config), dtype_on(device, config.dtype)
     selection = parse_selection(config.kv_select)
     for name in names_of(Option.FORMAT):
+        if apart(row_of(Option.FORMAT, name), row_of(Option.SELECT, selection.name)):
+            yield FormatSize(name, problem=f"It does not go with kv_select {selection}.")
+            continue
         try:
             spec = KVSpec.of(model, dtype, config.block_size, name, selection)
-        except ValueError:
-            yield FormatSize(name, 0, 0.0, 0)
+        except ValueError as error:
+            yield FormatSize(name, problem=str(error))
             continue
-        page_bytes = spec.page_bytes * model.num_layers
         pages = spec.pages_in(told_pool(config), limits.max_batch_size)
         tokens = spec.block_size
-        yield FormatSize(name, tokens, page_bytes / tokens, pages * tokens)
+        yield FormatSize(
+            name,
+            tokens,
+            spec.token_bytes,
+            pages * tokens,
+            None if pages else spec.too_small(told_pool(config), 1, limits.max_batch_size),
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -72,6 +73,8 @@ def calibrate(
         "channels": f"{channels} of each of {heads} kv heads, in {layers} layers",
     }
     Console().print(facts_table(facts))
+    call = f"polydelta serve --kv-select double-sparsity --kv-labels {quote(str(out))}"
+    typer.echo(call if model is None else f"{call} --model {quote(model)}", err=True)
 
 
 def _read(text: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated
@@ -14,14 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from polydelta.engine.kv_composition import ROWS, PerRequest, Row, in_full, not_with
+from polydelta.engine.kv_composition import ROWS, Option, Row, in_full, not_with
 from polydelta.server import options
 from polydelta.server.settings import load_settings
 
 if TYPE_CHECKING:  # imports torch, which takes seconds
-    from polydelta.engine.config import EngineConfig
     from polydelta.engine.kv_sizes import FormatSize
-    from polydelta.engine.models.config import ModelConfig
 
 COMPOSITION = (
     "option",
@@ -32,6 +30,8 @@ COMPOSITION = (
     "per request",
     "besides",
 )
+
+NATIVE = "native"
 
 Rows = Iterable[Sequence[str]]
 
@@ -62,6 +62,7 @@ def kv_formats(
     with the bounds of keys that this selection notes in each page
     """
     # Here and not above: `polydelta --help` must not wait for torch.
+    from polydelta.engine.kv_sizes import format_sizes, told_pool
     from polydelta.engine.models.checkpoint import open_checkpoint
 
     settings = load_settings(
@@ -74,45 +75,57 @@ def kv_formats(
         kv_select=kv_select,
     )
     base = open_checkpoint(settings.model)
-    for columns, rows in _tables(settings.engine_config, base.config):
-        if markdown:
-            lines = (columns, ["---"] * len(columns), *rows)
-            typer.echo("\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n")
-            continue
-        if columns is not COMPOSITION:
-            _show(Table(*columns, box=box.SIMPLE_HEAD), rows)
-            continue
-        # A table for each option, so that names can be read whole in 80 columns.
-        for option, some in groupby(rows, itemgetter(0)):
-            whole = ("methods", "not with")
-            each = (Column(name, no_wrap=name in whole, overflow="fold") for name in columns[1:])
-            table = Table(*each, title=option, box=box.SIMPLE_HEAD, title_justify="left")
-            _show(table, (cells[1:] for cells in some))
+    config = settings.engine_config
+    sizes = list(format_sizes(config, base.config))
+    columns = _size_columns(ByteSize(told_pool(config)).human_readable())
+    native = next((size.pool_tokens for size in sizes if size.name == NATIVE), 0)
+    rows = [_size_cells(size, native) for size in sizes]
+    composition = [_composition_cells(row) for row in ROWS]
+    if markdown:
+        _write(columns, rows)
+        _explain(sizes)
+        _write(COMPOSITION, composition)
+        return
+    _show(Table(*columns, box=box.SIMPLE_HEAD), rows)
+    _explain(sizes)
+    # A table for each option, so that names can be read whole in 80 columns.
+    for option, some in groupby(composition, itemgetter(0)):
+        whole = ("methods", "not with")
+        each = (Column(name, no_wrap=name in whole, overflow="fold") for name in COMPOSITION[1:])
+        table = Table(*each, title=option, box=box.SIMPLE_HEAD, title_justify="left")
+        _show(table, ([cell.replace(", ", "\n") for cell in cells[1:]] for cells in some))
 
 
 def _show(table: Table, rows: Rows) -> None:
-    """Names under one another."""
     for cells in rows:
-        table.add_row(*(escape(cell).replace(", ", "\n") for cell in cells))
+        table.add_row(*map(escape, cells))
     Console().print(table)
 
 
-def _tables(config: EngineConfig, model: ModelConfig) -> Iterator[tuple[Sequence[str], Rows]]:
-    """Columns and rows: what formats take, and what composes."""
-    from polydelta.engine.kv_sizes import format_sizes, told_pool
+def _write(columns: Sequence[str], rows: Rows) -> None:
+    """In Markdown."""
+    lines = (columns, ["---"] * len(columns), *rows)
+    typer.echo("\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n")
 
-    pool = ByteSize(told_pool(config)).human_readable()
-    columns = ("format", "bytes a token", "tokens a page", f"tokens in {pool}", "of native")
-    sizes = list(format_sizes(config, model))
-    native = sizes[0].pool_tokens
-    yield columns, (_size_cells(size, native) for size in sizes)
-    yield COMPOSITION, map(_composition_cells, ROWS)
+
+def _explain(sizes: Iterable[FormatSize]) -> None:
+    """Why some have no token, a line for each reason."""
+    names: dict[str, list[str]] = {}
+    for size in sizes:
+        if size.problem is not None:
+            names.setdefault(size.problem, []).append(size.name)
+    for problem, some in names.items():
+        typer.echo(f"{', '.join(some)}: {problem}\n")
+
+
+def _size_columns(pool: str) -> Sequence[str]:
+    return ("format", "bytes a token", "tokens a page", f"tokens in {pool}", "of native")
 
 
 def _size_cells(size: FormatSize, native: int) -> Sequence[str]:
     """native: tokens that the pool holds in that format."""
     if not size.page_tokens:
-        return (size.name, "not with this model", "", "", "")
+        return (size.name, "", "", "", "")
     return (
         size.name,
         f"{size.token_bytes:,.0f}",
@@ -130,6 +143,6 @@ def _composition_cells(row: Row) -> Sequence[str]:
         row.prefix_caching,
         row.chunks,
         ", ".join(not_with(row)),
-        row.per_request if row.per_request is not PerRequest.NEVER else "",
+        row.per_request if row.option is Option.SELECT else "",
         row.limits,
     )

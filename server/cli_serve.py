@@ -191,10 +191,12 @@ def print_banner(
     facts.add_row("uploads", escape(str(settings.store)))
     facts.add_row("device", engine.device)
     facts.add_row("pool", ByteSize(engine.pool_bytes).human_readable())
-    kept = [settings.kv_format, settings.kv_select]
+    kept = [settings.kv_format, str(engine.kv_setup.selection)]
     if settings.prefill != "full":
-        kept.append(f"prefill {settings.prefill}")
-    facts.add_row("KV cache", ", ".join(kept))
+        kept.append(f"prefill {engine.kv_setup.prefill}")
+    stats = engine.stats()
+    room = stats.pages_total * stats.block_size
+    facts.add_row("KV cache", f"{', '.join(kept)}: room for {room:,} tokens")
     facts.add_row("docs", f"{url}/docs")
     console.print(Panel(facts, title=f"PolyDelta at {url}", expand=False))
     body = json.dumps({"model": base_name, "prompt": "Once upon a time"})

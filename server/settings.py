@@ -115,8 +115,11 @@ class ServerSettings(KVSettings):
         gt=0,
         description="Sequences that run at the same time. Without it, 64 on a CPU, 256 on a GPU.",
     )
-    block_size: int = Field(
-        16, gt=0, description="Tokens of KV cache in one page; smaller formats have more in it."
+    block_size: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens of KV cache in one page, as --kv-format native has them; smaller ones"
+        " have more in as many bytes. Without it, 16, and 64 for mustafar-50 and mustafar-70.",
     )
     pool: Annotated[PoolSetting, NoDecode] | None = Field(
         None,

@@ -165,12 +165,22 @@ def test_channels_that_the_model_does_not_have_are_refused(
         read_labels(file, tiny_checkpoint.config, "tiny")
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"7", b'{"tokens": 3}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is not JSON"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[]", "has polydelta_labels None, not 1"),
+        (b"7", "has polydelta_labels None, not 1"),
+        (b'{"tokens": 3}', "has polydelta_labels None, not 1"),
+    ],
+)
 def test_a_file_of_something_else_is_refused(
-    file: Path, tiny_checkpoint: Checkpoint, content: bytes
+    file: Path, tiny_checkpoint: Checkpoint, content: bytes, problem: str
 ) -> None:
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"has polydelta_labels None, not 1.*polydelta calibrate"):
+    with pytest.raises(ValueError, match=rf"{problem}.*polydelta calibrate"):
         read_labels(file, tiny_checkpoint.config, "tiny")
 
 

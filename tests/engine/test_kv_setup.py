@@ -125,7 +125,10 @@ def test_what_needs_notes_is_asked_for_where_pages_have_them(name: str) -> None:
     assert requested(own, f"{name}:7") == parse_selection(f"{name}:7")
     with pytest.raises(ValueError, match=f"'{name}:7' does not go with") as caught:
         requested(RICH, f"{name}:7")
-    assert "ask for one of full, window, snapkv, h2o." in str(caught.value)
+    assert (
+        "ask for one of full, window[:SINKS+RECENT], snapkv[:TOKENS], h2o[:HEAVY+RECENT]."
+        in str(caught.value)
+    )
 
 
 def test_what_the_server_reads_by_itself_may_always_be_asked_for() -> None:
@@ -138,7 +141,7 @@ def test_what_the_server_reads_by_itself_may_always_be_asked_for() -> None:
 def test_a_request_is_refused_what_the_server_s_format_or_prefill_does_not_go_with() -> None:
     with pytest.raises(ValueError, match="kv_format gear") as caught:
         requested(KVSetup("gear"), "h2o")
-    assert "one of full, window, snapkv." in str(caught.value)
+    assert "one of full, window[:SINKS+RECENT], snapkv[:TOKENS]." in str(caught.value)
     with pytest.raises(ValueError, match="prefill xattention"):
         requested(KVSetup(prefill=parse_prefill("xattention")), "window")
 

@@ -36,6 +36,8 @@ def test_labels_of_a_model_are_written_and_told(
     assert labels.shape == (
         model.config.num_layers, model.config.num_kv_heads, model.config.head_dim // 4,
     )  # fmt: skip
+    call = f"polydelta serve --kv-select double-sparsity --kv-labels {out} --model {tiny_folder}"
+    assert err.endswith(f"{call}\n")
 
 
 def test_a_server_reads_by_the_labels(

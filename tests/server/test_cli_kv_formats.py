@@ -89,6 +89,29 @@ def test_another_pool_holds_another_number_of_tokens(run: Run) -> None:
     assert table["native"][2] == f"{(64 << 20) // (12_288 * 30) * 16:,}"
 
 
+def test_a_pool_that_is_too_small_is_told_what_would_do(run: Run) -> None:
+    out = run("--markdown", "--pool", "64MiB")
+    # 65 open pages of 56 native tokens, and a page of 16; all of 23,040 bytes.
+    least = -(-23_040 * (65 * 56 + 16) // (1 << 20))
+    assert by_format(out)["int4"][2] == "0"
+    assert "int4: A pool of 64.0 MiB has room for no pages of 0.35 MiB" in out
+    assert f"raise pool to {least} MiB, or lower max_batch_size." in out
+    assert by_format(run("--markdown", "--pool", f"{least}MiB"))["int4"][2] != "0"
+    assert by_format(run("--markdown", "--pool", f"{least - 1}MiB"))["int4"][2] == "0"
+
+
+def test_formats_that_a_selection_refuses_have_no_sizes(run: Run) -> None:
+    out = run("--markdown", "--kv-select", "double-sparsity:64")
+    assert by_format(out)["int4"] == ["", "", "", ""]
+    assert "\nint4, fp8: It does not go with kv_select double-sparsity:64.\n" in out
+
+
+def test_a_page_that_is_too_small_says_what_can_be_done(run: Run) -> None:
+    out = run("--markdown", "--block-size", "1", "--kv-select", "quest")
+    assert by_format(out)["native"] == ["", "", "", ""]
+    assert "raise block_size" in out
+
+
 def test_a_wrong_setting_is_one_line(polydelta: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = polydelta("kv-formats", "--kv-select", "few")
     assert code == 1
