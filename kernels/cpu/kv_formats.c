@@ -4,9 +4,6 @@
 enum { NATIVE, INT8, FP8, INT4, MUSTAFAR, KIVI, GEAR };
 enum { KEY_SIDE, VALUE_SIDE, SIDES };
 
-/* Numbers of KIVI that share a range, as `codes.GROUP`. */
-enum { CODE_GROUP = 32 };
-
 /* Bytes from the beginning of a page to sections of keys, or of values; below 0 where the format has
  * none of the kind. means: of the page, a row for each head. */
 typedef struct {
@@ -16,8 +13,8 @@ typedef struct {
 typedef struct {
     int64_t format, by_page, block_size, kv_heads, head_dim;
     int64_t stored_bytes; /* of a page, for keys and values */
-    /* Of a token and head: bytes of codes, bits of one of them, outliers, and the rank. */
-    int64_t code_bytes, code_bits, outliers, rank;
+    /* Of a token and head: bytes of codes, bits of one of them, and outliers. */
+    int64_t code_bytes, code_bits, outliers;
     /* Bytes to what pages note, below 0 where they do not, and how many numbers it is. */
     int64_t labels, num_labels, least, most, representatives, num_representatives;
     KVSide sides[SIDES];
@@ -68,14 +65,6 @@ static inline __m512 half_at(const char *from) {
 static inline void store_two(uint16_t *to, int64_t count, __m512 low, __m512 high) {
     const __mmask32 lanes = count >= 32 ? 0xffffffff : (1u << count) - 1;
     _mm512_mask_storeu_epi16(to, lanes, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-
-/* Pairs of float16, a scale and a zero each. */
-static inline __m512 scales_of(__m512i pairs) {
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
-}
-static inline __m512 zeros_of(__m512i pairs) {
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
 }
 
 /* Where a row is of sections that have one for each token and head. */
@@ -152,82 +141,25 @@ static inline void expand_mustafar_row(uint16_t *to, const RowAt *at, int64_t di
     const char *bits = at->page + at->side->bits + row_number(at) * (dim / 8);
     const uint16_t *kept = (const uint16_t *)codes_at(at), *means = means_at(at);
     int64_t left = at->layout->code_bytes / 2;
-    for (int64_t i = 0; i < dim; i += 16) {
-        const __mmask16 lanes = first_lanes(dim - i);
-        const uint32_t map = (uint8_t)bits[i / 8] | (i + 8 < dim ? (uint8_t)bits[i / 8 + 1] << 8 : 0);
-        const __m512i some = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(left), kept));
-        const __m512i spread = _mm512_maskz_expand_epi32(map, some);
-        if (means) {
-            const __m512 rest = _mm512_castsi512_ps(_mm512_slli_epi32(spread, 16));
-            store_narrow(to + i, lanes, _mm512_add_ps(load_wide(lanes, means + i), rest));
-        } else
-            _mm256_mask_storeu_epi16(to + i, lanes, _mm512_cvtepi32_epi16(spread));
-        const int64_t taken = least(left, __builtin_popcount(map));
-        kept += taken;
-        left -= taken;
-    }
-}
-
-/* 16 codes of 2 or 4 bits from the i-th on. */
-static inline __m512 small_codes(const RowAt *at, int64_t i) {
-    const int64_t bits = at->layout->code_bits;
-    const __mmask16 bytes = first_lanes(least(16, at->layout->head_dim - i) * bits / 8);
-    const __m128i packed = _mm_maskz_loadu_epi8(bytes, codes_at(at) + i * bits / 8);
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    if (bits == 2) {
-        const __m512i words = _mm512_broadcastd_epi32(packed);
-        const __m512i codes = _mm512_srlv_epi32(words, _mm512_slli_epi32(lanes, 1));
-        return _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(3)));
-    }
-    const __m512i words =
-        _mm512_permutexvar_epi32(_mm512_srli_epi32(lanes, 3), _mm512_castsi128_si512(packed));
-    const __m512i shifts = _mm512_and_si512(_mm512_slli_epi32(lanes, 2), _mm512_set1_epi32(31));
-    const __m512i codes = _mm512_srlv_epi32(words, shifts);
-    return _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(15)));
-}
-
-/* 16 numbers of KIVI, from the i-th on: keys share ranges by channel, values by token. */
-static inline __m512 kivi_numbers(const RowAt *at, int64_t i, __mmask16 lanes) {
-    const KVLayout *of = at->layout;
-    const char *scales = at->page + at->side->scales;
-    __m512i pairs;
-    if (at->side == of->sides + KEY_SIDE) {
-        const int64_t group = at->place / CODE_GROUP * of->kv_heads + at->head;
-        pairs = _mm512_maskz_loadu_epi32(lanes, scales + 4 * (group * of->head_dim + i));
-    } else {
-        const int64_t groups = (of->head_dim + CODE_GROUP - 1) / CODE_GROUP;
-        int32_t pair;
-        memcpy(&pair, scales + 4 * (row_number(at) * groups + i / CODE_GROUP), sizeof pair);
-        pairs = _mm512_set1_epi32(pair);
-    }
-    return _mm512_fmadd_ps(small_codes(at, i), scales_of(pairs), zeros_of(pairs));
-}
-
-static inline void expand_kivi_row(uint16_t *to, const RowAt *at, int64_t dim) {
-    for (int64_t i = 0; i < dim; i += 16) {
-        const __mmask16 lanes = first_lanes(dim - i);
-        store_narrow(to + i, lanes, kivi_numbers(at, i, lanes));
-    }
-}
-
-/* KIVI's numbers and what the factors add; outliers take their places. */
-static inline void expand_gear_row(uint16_t *to, const RowAt *at, int64_t dim) {
-    const KVLayout *of = at->layout;
-    const int64_t outliers = row_number(at) * of->outliers;
-    const uint16_t *exact = (const uint16_t *)(at->page + at->side->outliers) + outliers;
-    const uint8_t *channels = (const uint8_t *)at->page + at->side->outlier_places + outliers;
-    const char *row = at->page + at->side->rows + 2 * row_number(at) * of->rank;
-    const char *columns = at->page + at->side->columns + 2 * at->head * of->rank * dim;
-    for (int64_t i = 0; i < dim; i += 16) {
-        const __mmask16 lanes = first_lanes(dim - i);
-        __m512 sum = kivi_numbers(at, i, lanes);
-        for (int64_t r = 0; r < of->rank; r++) {
-            const __m256i column = _mm256_maskz_loadu_epi16(lanes, columns + 2 * (r * dim + i));
-            sum = _mm512_fmadd_ps(half_at(row + 2 * r), _mm512_cvtph_ps(column), sum);
+    for (int64_t first = 0; first < dim; first += 64) {
+        uint64_t map = 0;
+        memcpy(&map, bits + first / 8, least(64, dim - first) / 8);
+        for (int64_t i = first; i < least(first + 64, dim); i += 16) {
+            const __mmask16 lanes = first_lanes(dim - i);
+            /* Not from what was before, so that none waits for another. */
+            const int64_t before = __builtin_popcountll(map & ~(~0ull << (i - first)));
+            const __m512i some = _mm512_cvtepu16_epi32(
+                _mm256_maskz_loadu_epi16(first_lanes(left - before), kept + before));
+            const __m512i spread = _mm512_maskz_expand_epi32(map >> (i - first), some);
+            if (means) {
+                const __m512 rest = _mm512_castsi512_ps(_mm512_slli_epi32(spread, 16));
+                store_narrow(to + i, lanes, _mm512_add_ps(load_wide(lanes, means + i), rest));
+            } else
+                _mm256_mask_storeu_epi16(to + i, lanes, _mm512_cvtepi32_epi16(spread));
         }
-        store_narrow(to + i, lanes, sum);
+        kept += __builtin_popcountll(map);
+        left -= __builtin_popcountll(map);
     }
-    for (int64_t i = 0; i < of->outliers; i++) to[least(channels[i], dim - 1)] = exact[i];
 }
 
 /* Rows of one side and head, of the tokens that have a page; rows of `to` are `stride` apart. The
@@ -253,51 +185,3 @@ EXPAND_ROWS(int8)
 EXPAND_ROWS(fp8)
 EXPAND_ROWS(int4)
 EXPAND_ROWS(mustafar)
-EXPAND_ROWS(kivi)
-EXPAND_ROWS(gear)
-static void (*const EXPAND[])(uint16_t *, int64_t, RowAt, const Tile *) = {
-    NULL, expand_int8, expand_fp8, expand_int4, expand_mustafar, expand_kivi, expand_gear};
-
-/* Finds one side of one head of a tile's tokens, or makes it in `room` for KEYS * MOST_HEAD_DIM
- * numbers; a row of zeros for none. */
-static void load_rows(const uint16_t **rows, uint16_t *room, const KVCache *cache, int64_t side,
-                      int64_t head, const Tile *tile) {
-    const KVLayout *of = cache->layout;
-    const int64_t stride = (of->head_dim + PANEL - 1) / PANEL * PANEL;
-    const RowAt at = {of, of->sides + side, NULL, 0, head};
-    const int64_t native = of->format == NATIVE;
-    if (native) {
-        /* 8 addresses at a time; where there is no page, NOTHING's. */
-        const __m512i each = _mm512_set1_epi64(of->kv_heads * of->code_bytes);
-        const __m512i first = _mm512_set1_epi64(at.side->codes + head * of->code_bytes);
-        for (int64_t i = 0; i < KEYS; i += 8) {
-            const __m512i pages = _mm512_loadu_si512(tile->pages + i);
-            const __m512i places = _mm512_loadu_si512(tile->places + i);
-            const __m512i row = _mm512_add_epi64(first, _mm512_mullo_epi64(places, each));
-            const __m512i none = _mm512_set1_epi64((intptr_t)NOTHING);
-            const __mmask8 found = _mm512_test_epi64_mask(pages, pages);
-            _mm512_storeu_si512(rows + i, _mm512_mask_add_epi64(none, found, pages, row));
-        }
-    } else
-        for (int64_t i = 0; i < KEYS; i++)
-            rows[i] = tile->pages[i] ? room + i * stride : NOTHING;
-    for (uint32_t opened = tile->opened; opened; opened &= opened - 1) {
-        const int64_t i = __builtin_ctz(opened);
-        rows[i] = open_row(cache, tile->slot, tile->places[i], side, head);
-    }
-    if (!native) EXPAND[of->format](room, stride, at, tile);
-}
-
-/* Sends for some sides of some of a tile's tokens, of one head. */
-static inline void send_for(const KVCache *cache, int64_t first_side, int64_t stop_side, int64_t head,
-                            const Tile *tile, int64_t from, int64_t stop) {
-    const KVLayout *of = cache->layout;
-    for (int64_t i = from; i < stop; i++) {
-        const char *page = tile->pages[i];
-        if (!page) continue;
-        const int64_t row = tile->places[i] * of->kv_heads + head;
-        for (int64_t side = first_side; side < stop_side; side++)
-            for (int64_t at = 0; at < of->code_bytes; at += 64)
-                _mm_prefetch(page + of->sides[side].codes + row * of->code_bytes + at, _MM_HINT_T0);
-    }
-}

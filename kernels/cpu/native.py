@@ -37,9 +37,9 @@ _SOURCES = (
 )  # fmt: skip
 _DECODER_SOURCES = (
     "threads.c", "lanes.c", "products.c", "quantized.c", "layers.c", "attention.c", "pages.c",
-    "shrink_expand.c", "step_adapters.c", "groups.c", "kv_formats.c", "kv_reading.c", "kv_select.c",
-    "kv_stream.c", "kv_attend.c", "kv_store.c", "kv_notes.c", "kv_evict.c", "kv_spread.c",
-    "kv_blocks.c", "kv_prompts.c",
+    "shrink_expand.c", "step_adapters.c", "groups.c", "kv_formats.c", "kv_ranged.c", "kv_rows.c",
+    "kv_reading.c", "kv_select.c", "kv_stream.c", "kv_attend.c", "kv_store.c", "kv_notes.c",
+    "kv_evict.c", "kv_spread.c", "kv_blocks.c", "kv_prompts.c",
 )  # fmt: skip
 _DELTAS = (
     "add_low_rank", "add_quantized_low_rank", "add_sparse", "add_columns", "add_rows",

@@ -58,7 +58,6 @@ def layout_struct(kind: KVKind) -> Struct:
             keys.nbytes // (layout.block_size * shape.num_kv_heads),
             format.bits if isinstance(format, Kivi | Gear) else 0,
             _last(layout, "key_outliers"),
-            _last(layout, "key_rows"),
             _offset(layout, "labels"),
             _last(layout, "labels"),
             _offset(layout, "key_least"),
