@@ -23,7 +23,7 @@ class EngineConfig:
     # Steps that are launched before the tokens of the one before are known, 0 or 1; None as above.
     steps_ahead: int | None = None
     # Tokens of KV in one page, as the model computes it; other formats have more in as many bytes.
-    # None takes what suits the format.
+    # None takes what suits the format, or the selection.
     block_size: int | None = None
     # How keys and values are stored: a format of kv_composition.ROWS.
     kv_format: str = "native"

@@ -14,7 +14,7 @@ from polydelta.kernels.kv_formats.format import KVFormat, KVShape
 from polydelta.kernels.kv_layout import PageLayout
 from polydelta.kernels.kv_memory import KVKind
 from polydelta.kernels.kv_sections import page_layout_for
-from polydelta.kernels.kv_selection import FULL, H2O, Selection, Window
+from polydelta.kernels.kv_selection import FULL, H2O, Quest, Selection, Window
 from polydelta.kernels.ops import AttentionShape
 
 MIB = 1 << 20
@@ -49,11 +49,12 @@ class KVSpec:
         selection: Selection = FULL,
         labels: Tensor | None = None,
     ) -> KVSpec:
-        """native_tokens: those that make the size of a page; None for what suits the format. Raises
-        ValueError for a format that cannot store the model's heads, or of which no token fits a
-        page."""
+        """native_tokens: those that make the size of a page; None for what suits the format, or the
+        selection. Raises ValueError for a format that cannot store the model's heads, or of which
+        no token fits a page."""
         format = FORMATS[format_name]()
-        native_tokens = native_tokens or format.native_tokens
+        of_method = selection if isinstance(selection, Quest) else format
+        native_tokens = native_tokens or of_method.native_tokens
         page_bytes = kv_page_bytes(config, native_tokens, dtype)
         shape = KVShape(config.num_kv_heads, config.head_dim, dtype)
         layout = page_layout_for(format, selection, shape, page_bytes)

@@ -119,7 +119,8 @@ class ServerSettings(KVSettings):
         None,
         gt=0,
         description="Tokens of KV cache in one page, as --kv-format native has them; smaller ones"
-        " have more in as many bytes. Without it, 16, and 64 for mustafar-50 and mustafar-70.",
+        " have more in as many bytes. Without it, 16; 64 for Mustafar's formats; 8 with"
+        " --kv-select quest.",
     )
     pool: Annotated[PoolSetting, NoDecode] | None = Field(
         None,
