@@ -15,7 +15,7 @@ from torch import Tensor
 def rotated(heads: Tensor) -> Tensor:
     """heads: `[tokens, heads, head_dim]` -> the same shape and dtype. A head is rotated in parts of
     the largest power of two that divides head_dim; twice, it is as it was but for rounding."""
-    matrix = hadamard(part(heads.shape[-1])).to(heads.device)
+    matrix = hadamard(part(heads.shape[-1]), heads.device)
     # Sums of numbers of half precision are exact in float64, so a row is rounded alike in any order
     # and whoever is multiplied with it.
     turned: Tensor = heads.double().unflatten(-1, (-1, len(matrix))) @ matrix
@@ -28,9 +28,9 @@ def part(head_dim: int) -> int:
 
 
 @cache
-def hadamard(size: int) -> Tensor:
+def hadamard(size: int, device: torch.device | None = None) -> Tensor:
     """Sylvester's, of ones and minus ones, `[size, size]` float64; size: a power of two."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64, device=device)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return matrix
