@@ -197,6 +197,7 @@ def print_banner(
     stats = engine.stats()
     room = stats.pages_total * stats.block_size
     facts.add_row("KV cache", f"{', '.join(kept)}: room for {room:,} tokens")
+    facts.add_row("context", f"{engine.max_model_len:,} tokens at most")
     facts.add_row("docs", f"{url}/docs")
     console.print(Panel(facts, title=f"PolyDelta at {url}", expand=False))
     body = json.dumps({"model": base_name, "prompt": "Once upon a time"})
