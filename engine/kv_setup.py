@@ -94,9 +94,13 @@ def requested(setup: KVSetup, text: str) -> Selection:
     selection = parse_selection(text)
     if _may_ask(setup, selection):
         return selection
-    allowed = [usage(name) for name in SELECTIONS if _may_ask(setup, parse_selection(name))]
-    if not any(name.startswith(setup.selection.name) for name in allowed):
-        allowed.append(str(setup.selection))
+    allowed = [
+        str(setup.selection)
+        if row_of(Option.SELECT, name).per_request is PerRequest.NEVER
+        else usage(name)
+        for name in SELECTIONS
+        if name == setup.selection.name or _may_ask(setup, parse_selection(name))
+    ]
     raise ValueError(
         f"{text!r} does not go with how this server keeps KV (kv_format {setup.format}, kv_select "
         f"{setup.selection}, prefill {setup.prefill}): ask for one of {', '.join(allowed)}."

@@ -176,9 +176,8 @@ class GenerationFields(Body):
     # Cached prefixes are shared between requests of the same salt only; without one, with all
     # that have none.
     cache_salt: Annotated[str, AfterValidator(_whole_characters)] = Field("", min_length=1)
-    kv_select: Annotated[str, AfterValidator(_kv_selection)] | None = Field(
+    kv_select: Annotated[str, Field(max_length=64), AfterValidator(_kv_selection)] | None = Field(
         None,
-        max_length=64,
         description="What is read of the KV cache, where it is not to be what the server reads by"
         f" itself: {', '.join(map(in_full, names_of(Option.SELECT)))}; numbers may be left out."
         " Which of them a server allows depends on how it was started.",

@@ -62,7 +62,7 @@ def test_a_selection_that_this_server_cannot_read_is_refused_with_those_that_it_
             assert (status, error["param"]) == (400, "kv_select")
             assert value in error["message"]
             assert "kv_format gear" in error["message"]
-            assert error["message"].endswith("ask for one of full, window, snapkv.")
+            assert error["message"].endswith("ask for one of full, window[:SINKS+RECENT], snapkv[:TOKENS].")
     assert engine.requests == []
 
 
