@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from math import ceil
 
 import torch
 
@@ -17,14 +15,13 @@ from polydelta.adapters_store.row_codes import BITS
 from polydelta.engine.adapter_control import AdapterControl
 from polydelta.engine.adapter_usage import AdapterUsage
 from polydelta.engine.config import EngineConfig
-from polydelta.engine.device import DeviceLimits, choose_device, dtype_on, limits_for
+from polydelta.engine.device import choose_device, dtype_on, limits_for
 from polydelta.engine.engine import Engine
 from polydelta.engine.eviction import CostModel
 from polydelta.engine.gpu_memory import memory_for_pool
 from polydelta.engine.host_pages import DistantPages
 from polydelta.engine.kv_build import kv_rules, kv_setup, kv_spec
 from polydelta.engine.kv_cache import KVCache
-from polydelta.engine.kv_spec import KVSpec
 from polydelta.engine.models.base_weights import checkpoint_layout
 from polydelta.engine.models.checkpoint import Checkpoint, open_checkpoint
 from polydelta.engine.models.decoder import Decoder
@@ -32,6 +29,7 @@ from polydelta.engine.models.errors import ModelError
 from polydelta.engine.models.weights import Weights
 from polydelta.engine.overload import QueueLimits
 from polydelta.engine.policies import POLICIES
+from polydelta.engine.pool_sizes import PoolSizes
 from polydelta.engine.pools import Pools
 from polydelta.engine.preemption import Preemption, Swapping
 from polydelta.engine.residency import Residency
@@ -86,7 +84,9 @@ def assemble(
     rules = kv_rules(setup, spec)
     # Where it is known before the weights are read, what does not fit is refused at once.
     pool_bytes = limits.pool_bytes
-    sizes = None if pool_bytes is None else _sizes(pool_bytes, spec, limits, config)
+    sizes = None
+    if pool_bytes is not None:
+        sizes = PoolSizes.of(pool_bytes, spec, limits.max_batch_size, config)
     if config.scheduling_policy not in POLICIES:
         raise ModelError(
             f"scheduling_policy {config.scheduling_policy!r} is not supported: use one of "
@@ -128,7 +128,7 @@ def assemble(
             config.gpu_memory_utilization,
             fuses=config.fuse_after is not None,
         )
-        sizes = _sizes(left, spec, limits, config)
+        sizes = PoolSizes.of(left, spec, limits.max_batch_size, config)
     layout = checkpoint_layout(checkpoint, dtype)
     loader = make_loader(layout, dtype, config.adapter_bits)
     host = HostStore(loader, config.host_adapter_bytes, pin=device.type == "cuda")
@@ -201,63 +201,9 @@ def assemble(
     )
 
 
-# For KV: one that is being filled, and one that is left over.
-_LEAST_PAGES = 2
-
-
-@dataclass(frozen=True)
-class PoolSizes:
-    """What a pool of some bytes holds."""
-
-    num_pages: int
-    # Of the longest sequence, an adapter's virtual tokens included; all of them lie in the pool.
-    max_positions: int
-    # Of the longest prompt plus output.
-    max_model_len: int
-
-
-def _sizes(pool_bytes: int, spec: KVSpec, limits: DeviceLimits, config: EngineConfig) -> PoolSizes:
-    """Raises ModelError for a pool that is too small."""
-    model = spec.config
-    num_pages = spec.pages_in(pool_bytes, limits.max_batch_size)
-    num_kv_pages = round(num_pages * (1 - (config.adapter_share or 0.0)))
-    if num_kv_pages < _LEAST_PAGES:
-        needed = ceil(_LEAST_PAGES / (1 - (config.adapter_share or 0.0)))
-        raise ModelError(spec.too_small(pool_bytes, needed, limits.max_batch_size))
-    fitting = num_kv_pages * spec.block_size
-    if spec.read_at_most is not None and spec.read_at_most <= fitting // 2:
-        # What a window has left behind takes no room.
-        fitting = 2 * model.context_length
-    return PoolSizes(
-        num_pages,
-        min(model.context_length, fitting),
-        _max_model_len(config, model.context_length, fitting),
-    )
-
-
 def weight_bits(quantization: str | None) -> int | None:
     """Raises ModelError for a quantisation that there is not."""
     bits = {None: None, "int8": 8, "int4": 4}
     if quantization not in bits:
         raise ModelError(f"quantization {quantization!r} is not supported: use int8 or int4.")
     return bits[quantization]
-
-
-def _max_model_len(config: EngineConfig, context_length: int, fitting: int) -> int:
-    """The longest sequence that is served, in tokens, of those that fit the pool. Raises
-    ModelError."""
-    asked = config.max_model_len
-    if asked is None:
-        # Half of the pool at most: a sequence shares it with its adapter.
-        return min(context_length, fitting // 2)
-    if not 1 < asked <= context_length:
-        raise ModelError(
-            f"max_model_len {asked} is not within the model's context window of "
-            f"{context_length} tokens."
-        )
-    if asked >= fitting:
-        raise ModelError(
-            f"max_model_len {asked} leaves no room in a pool of {fitting} tokens: "
-            "give it a larger pool, or ask for less."
-        )
-    return asked

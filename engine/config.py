@@ -1,4 +1,4 @@
-"""What an operator may set of the engine. Sizes worked out at start live in `pool.py`, not here."""
+"""What an operator may set of the engine. Sizes worked out at start live in `pool_sizes.py`."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def kv_setup(
         return KVSetup.of(
             config,
             on_gpu=device.type == "cuda",
-            sliding_windows=any(window is not None for window in model.sliding_windows),
+            sliding_windows=model.has_sliding_windows,
             max_batch_tokens=limits.max_batch_tokens,
             max_batch_size=limits.max_batch_size,
         )

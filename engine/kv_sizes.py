@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from polydelta.engine.config import EngineConfig
-from polydelta.engine.device import choose_device, dtype_on, limits_for
-from polydelta.engine.kv_composition import Option, apart, names_of, row_of
+from polydelta.engine.device import DeviceLimits, choose_device, dtype_on, limits_for
+from polydelta.engine.kv_composition import Option, names_of
+from polydelta.engine.kv_setup import KVSetup, problem
 from polydelta.engine.kv_spec import KVSpec
 from polydelta.engine.models.config import ModelConfig
-from polydelta.kernels.kv_selection import parse_selection
+from polydelta.engine.models.errors import ModelError
+from polydelta.engine.pool_sizes import PoolSizes
+from polydelta.kernels.kv_selection import parse_prefill, parse_selection
 
 # Where the pool is what a GPU has left, which is known once the model runs there.
 _TOLD_FOR = 1 << 30
@@ -26,7 +29,7 @@ class FormatSize:
     # Of all layers.
     token_bytes: float = 0.0
     pool_tokens: int = 0
-    # Why no token has room, and what can be done; None where there is room.
+    # Why a server cannot be set up so, and what can be done; None where it can.
     problem: str | None = None
 
 
@@ -41,20 +44,34 @@ def format_sizes(config: EngineConfig, model: ModelConfig) -> Iterator[FormatSiz
     limits, dtype = limits_for(device, config), dtype_on(device, config.dtype)
     selection = parse_selection(config.kv_select)
     for name in names_of(Option.FORMAT):
-        if apart(row_of(Option.FORMAT, name), row_of(Option.SELECT, selection.name)):
-            yield FormatSize(name, problem=f"It does not go with kv_select {selection}.")
+        if said := problem(_setup(name, config, model, limits, device.type == "cuda")):
+            yield FormatSize(name, problem=said)
             continue
         try:
             spec = KVSpec.of(model, dtype, config.block_size, name, selection)
         except ValueError as error:
             yield FormatSize(name, problem=str(error))
             continue
-        pages = spec.pages_in(told_pool(config), limits.max_batch_size)
-        tokens = spec.block_size
-        yield FormatSize(
-            name,
-            tokens,
-            spec.token_bytes,
-            pages * tokens,
-            None if pages else spec.too_small(told_pool(config), 1, limits.max_batch_size),
-        )
+        try:
+            sizes = PoolSizes.of(told_pool(config), spec, limits.max_batch_size, config)
+            pool_tokens, said = sizes.num_kv_pages * spec.block_size, None
+        except ModelError as error:
+            pool_tokens, said = 0, str(error)
+        yield FormatSize(name, spec.block_size, spec.token_bytes, pool_tokens, said)
+
+
+def _setup(
+    name: str, config: EngineConfig, model: ModelConfig, limits: DeviceLimits, on_gpu: bool
+) -> KVSetup:
+    """A server's, which has the files and the RAM that its methods ask for."""
+    return KVSetup(
+        name,
+        parse_selection(config.kv_select),
+        parse_prefill(config.prefill),
+        host_kv=True,
+        labels=True,
+        on_gpu=on_gpu,
+        sliding_windows=model.has_sliding_windows,
+        max_batch_tokens=limits.max_batch_tokens,
+        max_batch_size=limits.max_batch_size,
+    )

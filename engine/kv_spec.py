@@ -13,11 +13,9 @@ from polydelta.kernels.kv_formats.by_name import FORMATS
 from polydelta.kernels.kv_formats.format import KVFormat, KVShape
 from polydelta.kernels.kv_layout import PageLayout
 from polydelta.kernels.kv_memory import KVKind
-from polydelta.kernels.kv_sections import page_layout_for
-from polydelta.kernels.kv_selection import FULL, H2O, Quest, Selection, Window
+from polydelta.kernels.kv_sections import native_tokens_of, page_layout_for
+from polydelta.kernels.kv_selection import FULL, H2O, Selection, Window
 from polydelta.kernels.ops import AttentionShape
-
-MIB = 1 << 20
 
 
 def kv_page_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -53,8 +51,8 @@ class KVSpec:
         selection. Raises ValueError for a format that cannot store the model's heads, or of which
         no token fits a page."""
         format = FORMATS[format_name]()
-        of_method = selection if isinstance(selection, Quest) else format
-        native_tokens = native_tokens or of_method.native_tokens
+        if native_tokens is None:
+            native_tokens = native_tokens_of(format, selection)
         page_bytes = kv_page_bytes(config, native_tokens, dtype)
         shape = KVShape(config.num_kv_heads, config.head_dim, dtype)
         layout = page_layout_for(format, selection, shape, page_bytes)
@@ -100,27 +98,18 @@ class KVSpec:
             return 0
         return self.block_size * self.config.num_kv_heads * NOTED_BYTES
 
+    @property
+    def all_bytes(self) -> int:
+        """Of a page of all layers, with what is kept beside it."""
+        return (self.page_bytes + self.noted_bytes) * self.config.num_layers
+
+    def opened_bytes(self, max_batch_size: int) -> int:
+        """Of what so many sequences have outside of pages, and one that steps are recorded with."""
+        return self.open_bytes * (max_batch_size + 1)
+
     def pages_in(self, pool_bytes: int, max_batch_size: int) -> int:
         """Of a pool, which also pays for what sequences have outside of pages."""
-        left = pool_bytes - self.open_bytes * (max_batch_size + 1)
-        return max(0, left) // self._page_bytes
-
-    def too_small(self, pool_bytes: int, num_pages: int, max_batch_size: int) -> str:
-        """Of a pool that does not hold so many pages: what it is short of, and what can be done."""
-        opened = self.open_bytes * (max_batch_size + 1)
-        besides = f" besides the open pages of {max_batch_size} sequences" if opened else ""
-        remedy = f"raise pool to {-(-(opened + num_pages * self._page_bytes) // MIB)} MiB"
-        room = self.pages_in(pool_bytes, max_batch_size) or "no"
-        return (
-            f"A pool of {pool_bytes / MIB:.1f} MiB has room for {room} pages of "
-            f"{self._page_bytes / MIB:.2f} MiB{besides}: {remedy}"
-            f"{', or lower max_batch_size' if opened else ''}."
-        )
-
-    @property
-    def _page_bytes(self) -> int:
-        """Of all layers, with what is kept beside a page."""
-        return (self.page_bytes + self.noted_bytes) * self.config.num_layers
+        return max(0, pool_bytes - self.opened_bytes(max_batch_size)) // self.all_bytes
 
     @property
     def read_at_most(self) -> int | None:

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from polydelta.engine.pool import PagePool
 
 
+def kv_pages_of(num_pages: int, adapter_share: float | None) -> int:
+    """Of all pages, those that KV may have; adapter_share as in `Pools.of`."""
+    return round(num_pages * (1 - (adapter_share or 0.0)))
+
+
 @dataclass(frozen=True)
 class Pools:
     """Where each of the two takes its pages from: the same pool, unless it was split."""
@@ -21,7 +26,7 @@ class Pools:
         if adapter_share is None:
             pool = PagePool(num_pages)
             return Pools(pool, pool)
-        kv = PagePool(round(num_pages * (1 - adapter_share)))
+        kv = PagePool(kv_pages_of(num_pages, adapter_share))
         return Pools(kv, PagePool(num_pages - kv.num_pages, first_page=kv.num_pages))
 
     @property

@@ -33,8 +33,9 @@ class EngineStats:
     pages_adapters: int = 0
     # Resident adapters that nobody uses at the moment.
     pages_adapters_idle: int = 0
-    # Tokens of KV in a page.
+    # Tokens of KV in a page, and in all pages that KV may have.
     block_size: int = 0
+    kv_tokens: int = 0
     prefix_caching: bool = True
     # Counters since the start, in tokens, requests or events. A prompt counts, whole, when its
     # first token comes.

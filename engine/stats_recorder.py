@@ -114,6 +114,7 @@ class StatsRecorder:
             pages_adapters=len(residency.used_pages()),
             pages_adapters_idle=idle,
             block_size=self._kv.block_size,
+            kv_tokens=pools.kv.num_pages * self._kv.block_size,
             prefix_caching=self._kv.prefix_caching,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,

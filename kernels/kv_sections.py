@@ -11,6 +11,12 @@ from polydelta.kernels.kv_layout import PageLayout, Section, page_layout
 from polydelta.kernels.kv_selection import DoubleSparsity, InfLLM, Quest, Selection
 
 
+def native_tokens_of(format: KVFormat, selection: Selection) -> int:
+    """Of native KV in a page, where an operator sets none. What is chosen by pages says it first:
+    larger ones, that a format would have, cost it more than they gain."""
+    return (selection if isinstance(selection, Quest) else format).native_tokens
+
+
 def page_layout_for(
     format: KVFormat, selection: Selection, shape: KVShape, page_bytes: int
 ) -> PageLayout:

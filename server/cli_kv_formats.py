@@ -44,6 +44,7 @@ def kv_formats(
     block_size: options.BlockSize = None,
     max_batch_size: options.MaxBatchSize = None,
     kv_select: options.KvSelect = None,
+    prefill: options.Prefill = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Write Markdown, as in docs/kv_cache.md.")
     ] = False,
@@ -73,6 +74,7 @@ def kv_formats(
         block_size=block_size,
         max_batch_size=max_batch_size,
         kv_select=kv_select,
+        prefill=prefill,
     )
     base = open_checkpoint(settings.model)
     config = settings.engine_config

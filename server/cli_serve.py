@@ -194,9 +194,8 @@ def print_banner(
     kept = [settings.kv_format, str(engine.kv_setup.selection)]
     if settings.prefill != "full":
         kept.append(f"prefill {engine.kv_setup.prefill}")
-    stats = engine.stats()
-    room = stats.pages_total * stats.block_size
-    facts.add_row("KV cache", f"{', '.join(kept)}: room for {room:,} tokens")
+    room = f"room for {engine.stats().kv_tokens:,} tokens"
+    facts.add_row("KV cache", f"{', '.join(kept)}: {room}")
     facts.add_row("context", f"{engine.max_model_len:,} tokens at most")
     facts.add_row("docs", f"{url}/docs")
     console.print(Panel(facts, title=f"PolyDelta at {url}", expand=False))

@@ -60,6 +60,10 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     @property
+    def has_sliding_windows(self) -> bool:
+        return any(window is not None for window in self.sliding_windows)
+
+    @property
     def q_size(self) -> int:
         return self.num_heads * self.head_dim
 

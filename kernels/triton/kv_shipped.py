@@ -1,5 +1,5 @@
-"""What the kernels over KV pages of any format ship for: heads of 128, pages as large as 16 tokens
-of bfloat16."""
+"""What the kernels over KV pages of any format ship for: heads of 128, bfloat16, pages of the
+size that they have where none is set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from polydelta.kernels.kv_formats.by_name import FORMATS
 from polydelta.kernels.kv_formats.format import KVShape
 from polydelta.kernels.kv_memory import KVKind
-from polydelta.kernels.kv_sections import page_layout_for
+from polydelta.kernels.kv_sections import native_tokens_of, page_layout_for
 from polydelta.kernels.kv_selection import FULL, DoubleSparsity, Quest, Selection
 from polydelta.kernels.ops import AttentionShape
 from polydelta.kernels.triton import kv_choose, kv_decode, kv_encode, kv_prefill
@@ -36,11 +36,13 @@ def shipped() -> list[ShippedKernel]:
 
 
 def _kind(name: str, selection: Selection = FULL) -> KVKind:
-    page_bytes = 2 * 16 * _KV_HEADS * _HEAD_DIM * _DTYPE.itemsize
-    tokens = KVShape(_KV_HEADS, _HEAD_DIM, _DTYPE)
-    layout = page_layout_for(FORMATS[name](), selection, tokens, page_bytes)
+    format = FORMATS[name]()
+    row = 2 * _KV_HEADS * _HEAD_DIM * _DTYPE.itemsize
+    page_bytes = native_tokens_of(format, selection) * row
+    token = KVShape(_KV_HEADS, _HEAD_DIM, _DTYPE)
+    layout = page_layout_for(format, selection, token, page_bytes)
     shape = AttentionShape(_HEADS, _KV_HEADS, _HEAD_DIM, layout.block_size)
-    return KVKind(FORMATS[name](), layout, shape, _DTYPE)
+    return KVKind(format, layout, shape, _DTYPE)
 
 
 def _token_bytes(kind: KVKind) -> float:

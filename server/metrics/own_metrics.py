@@ -65,7 +65,7 @@ class OwnMetrics:
         yield make.gauge("pool_size_pages", "Pages in the unified pool.", stats.pages_total)
         yield make.gauge("pool_bytes", "Bytes of the unified pool.", pool_bytes)
         text = "Tokens of KV that the unified pool holds where no adapter is in it."
-        yield make.gauge("pool_kv_tokens", text, stats.pages_total * stats.block_size)
+        yield make.gauge("pool_kv_tokens", text, stats.kv_tokens)
         evictions = {
             (kind, str(reason)): count
             for kind, counts in (

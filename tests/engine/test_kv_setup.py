@@ -134,8 +134,16 @@ def test_what_needs_notes_is_asked_for_where_pages_have_them(name: str) -> None:
 def test_what_the_server_reads_by_itself_may_always_be_asked_for() -> None:
     own = replace(RICH, selection=parse_selection("infllm:1+32+16"))
     assert requested(own, "infllm:1+32+16") == own.selection
-    with pytest.raises(ValueError, match=r"infllm:1\+32\+16\.$"):
+    with pytest.raises(ValueError, match="'infllm:1\\+64\\+16' does not go with") as caught:
         requested(own, "infllm:1+64+16")
+    assert (
+        "one of full, window[:SINKS+RECENT], infllm:1+32+16, snapkv[:TOKENS], h2o[:HEAVY+RECENT]."
+        in str(caught.value)
+    )
+    own = replace(RICH, selection=parse_selection("quest:96"))
+    with pytest.raises(ValueError, match="quest:96") as caught:
+        requested(own, "infllm:1+64+16")
+    assert ", quest[:TOKENS], " in str(caught.value)
 
 
 def test_a_request_is_refused_what_the_server_s_format_or_prefill_does_not_go_with() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 # The class `World` of conftest.py. Each step checks that pages by owner add up to all of them.
 Worlds = Any
 
@@ -70,6 +72,14 @@ def test_pages_are_told_by_owner(world: Worlds) -> None:
     assert now.kv_usage == 2 / 20
     assert (now.adapter_loads, now.adapter_evictions) == (2, 0)
     assert {(a.id, a.version, a.pages) for a in now.resident} == {("idle", 1, 3), ("busy", 1, 2)}
+
+
+@pytest.mark.parametrize(("adapter_share", "tokens"), [(None, 28), (0.5, 16), (0.6, 12)])
+def test_tokens_of_kv_are_those_that_adapters_leave(
+    world: Worlds, adapter_share: float | None, tokens: int
+) -> None:
+    w = world(num_pages=7, block_size=4, adapter_share=adapter_share)
+    assert (w.stats().block_size, w.stats().kv_tokens) == (4, tokens)
 
 
 def test_evictions_are_told_by_kind_and_reason(world: Worlds) -> None:

@@ -91,11 +91,11 @@ def test_another_pool_holds_another_number_of_tokens(run: Run) -> None:
 
 def test_a_pool_that_is_too_small_is_told_what_would_do(run: Run) -> None:
     out = run("--markdown", "--pool", "64MiB")
-    # 65 open pages of 56 native tokens, and a page of 16; all of 23,040 bytes.
-    least = -(-23_040 * (65 * 56 + 16) // (1 << 20))
+    # 65 open pages of 56 native tokens, and two pages of 16; all of 23,040 bytes.
+    least = -(-23_040 * (65 * 56 + 2 * 16) // (1 << 20))
     assert by_format(out)["int4"][2] == "0"
     assert "int4: A pool of 64.0 MiB has room for no pages of 0.35 MiB" in out
-    assert f"raise pool to {least} MiB, or lower max_batch_size." in out
+    assert f"raise pool to {least} MiB, or lower max_batch_size or block_size." in out
     assert by_format(run("--markdown", "--pool", f"{least}MiB"))["int4"][2] != "0"
     assert by_format(run("--markdown", "--pool", f"{least - 1}MiB"))["int4"][2] == "0"
 
@@ -103,7 +103,25 @@ def test_a_pool_that_is_too_small_is_told_what_would_do(run: Run) -> None:
 def test_formats_that_a_selection_refuses_have_no_sizes(run: Run) -> None:
     out = run("--markdown", "--kv-select", "double-sparsity:64")
     assert by_format(out)["int4"] == ["", "", "", ""]
-    assert "\nint4, fp8: It does not go with kv_select double-sparsity:64.\n" in out
+    said = "kv_format int4 does not go with kv_select double-sparsity:64, but with full, window"
+    assert f"\nint4: {said}" in out
+
+
+def test_what_prompts_read_is_looked_at_too(run: Run) -> None:
+    out = run("--markdown", "--prefill", "xattention")
+    assert by_format(out)["int8"][0]
+    assert by_format(out)["kivi-4"] == ["", "", "", ""]
+    assert "\nkivi-4: kv_format kivi-4 does not go with prefill xattention" in out
+
+
+def test_a_pool_that_was_split_holds_half_as_many_tokens(run: Run) -> None:
+    one, half = (
+        by_format(run("--markdown", "--pool", pool)) for pool in ("2GiB", "2GiB,split:0.5")
+    )
+    for name, cells in half.items():
+        if name in names_of(Option.FORMAT):
+            tokens, of_all = (int(some[2].replace(",", "")) for some in (cells, one[name]))
+            assert abs(2 * tokens - of_all) <= 2 * int(cells[1])
 
 
 def test_a_page_that_is_too_small_says_what_can_be_done(run: Run) -> None:

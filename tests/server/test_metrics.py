@@ -99,7 +99,7 @@ def test_the_pool_is_told_by_owner_and_what_left_it_by_kind_and_reason(samples, 
 
 
 def test_how_kv_is_kept_is_told_with_the_tokens_that_the_pool_holds(samples, engine):
-    engine.stats_now = EngineStats(pages_total=10, block_size=31)
+    engine.stats_now = EngineStats(kv_tokens=310)
     assert samples()["polydelta_pool_kv_tokens", ()] == 310
     kept = {"cache_dtype": "bfloat16", "kv_format": "native", "kv_select": "full"}
     for label, value in (kept | {"prefill": "full"}).items():

@@ -40,6 +40,8 @@ def test_a_stream_is_read_as_it_asks(stream, engine):
         ("xattention", "full"),
         ("", "full"),
         ("w" * 65, "64"),
+        # Would be read, were it not so long.
+        (f"window:{'4'.zfill(60)}+2", "64"),
         (16, "string"),
     ],
 )
@@ -62,7 +64,9 @@ def test_a_selection_that_this_server_cannot_read_is_refused_with_those_that_it_
             assert (status, error["param"]) == (400, "kv_select")
             assert value in error["message"]
             assert "kv_format gear" in error["message"]
-            assert error["message"].endswith("ask for one of full, window[:SINKS+RECENT], snapkv[:TOKENS].")
+            assert error["message"].endswith(
+                "ask for one of full, window[:SINKS+RECENT], snapkv[:TOKENS]."
+            )
     assert engine.requests == []
 
 
