@@ -105,7 +105,14 @@ def same_pages(ours: Any, other: Any) -> None:
 @pytest.mark.parametrize("format", sorted(FORMATS))
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "page_tokens"),
-    [(3, 3, 40, 5), (9, 1, 128, 37), (6, 2, 64, 33), (5, 5, 72, 1), (4, 2, 72, 40), (4, 1, 200, 70)],
+    [
+        (3, 3, 40, 5),
+        (9, 1, 128, 37),
+        (6, 2, 64, 33),
+        (5, 5, 72, 1),
+        (4, 2, 72, 40),
+        (4, 1, 200, 70),
+    ],
 )
 def test_all_formats_in_all_shapes(
     both: Callable[..., tuple[Any, Any]],
