@@ -46,7 +46,7 @@ from polydelta.engine.models.checkpoint import Checkpoint, open_checkpoint
 from polydelta.kernels.ops import Kernels, kernels_for
 
 RESULT = Path(__file__).parent / "results" / "kv_quality.json"
-ADAPTER = Path(__file__).parents[1] / "adapters_store" / "samples" / "iso-date"
+SAMPLES = Path(__file__).parents[1] / "adapters_store" / "samples"
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16
 
 
@@ -73,7 +73,9 @@ QUICK = Size(256, 2, (256, 320), (0.5,), 1, (256,), (0.5,), calibrated=512)
 class Quality:
     """Measures ways, base first and then the adapter."""
 
-    def __init__(self, checkpoint: Checkpoint, size: Size, chosen: Sequence[Way]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, size: Size, chosen: Sequence[Way], adapter: Path
+    ) -> None:
         """Raises ValueError for more windows than the text has."""
         self.checkpoint = checkpoint
         self.text = Text.read(checkpoint.tokenizer)
@@ -82,8 +84,8 @@ class Quality:
         self._kernels: Kernels = kernels_for(CPU, DTYPE)
         self.models: Mapping[str, tuple[Path | None, Work]] = {
             checkpoint.id: (None, self._work(size.windows, size.lengths, size.depths)),
-            f"{checkpoint.id} with {ADAPTER.name}": (
-                ADAPTER,
+            f"{checkpoint.id} with {adapter.name}": (
+                adapter,
                 self._work(
                     min(size.windows, size.adapter_windows),
                     size.adapter_lengths,
@@ -151,6 +153,10 @@ def main(
     windows: Annotated[
         int | None, typer.Option(help="Of 4,096 tokens, that the base reads; by default 13.", min=2)
     ] = None,
+    adapter: Annotated[str, typer.Option(help="A sample adapter.")] = "iso-date",
+    adapter_windows: Annotated[
+        int | None, typer.Option(help="That are read with it; by default 3.", min=1)
+    ] = None,
     only: Annotated[
         str | None,
         typer.Option(help='Ways, such as "int8,quest,int4+quest"; native full attention always.'),
@@ -176,8 +182,13 @@ def main(
     checkpoint = open_checkpoint(None)
     if windows is not None:
         size = replace(size, windows=windows)
+    if adapter_windows is not None:
+        size = replace(size, adapter_windows=adapter_windows)
+    if not (SAMPLES / adapter).is_dir():
+        samples = sorted(folder.name for folder in SAMPLES.iterdir() if folder.is_dir())
+        raise typer.BadParameter(f"{adapter!r} is not one of {', '.join(samples)}.")
     try:
-        quality = Quality(checkpoint, size, chosen)
+        quality = Quality(checkpoint, size, chosen, SAMPLES / adapter)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     read = size.windows * size.window
