@@ -156,9 +156,14 @@ class Admission:
         total = self._pools.num_pages
         split = "" if self._pools.are_one else f", {self._pools.adapters.num_pages} for adapters"
         others = f", {pinned} of which pinned adapters hold" if pinned else ""
+        needs = f"{pages + adapters} pages of the pool"
+        if adapters:
+            needs += f" ({adapters} of them for its adapters)"
+        less = "fewer tokens"
+        if sequence.request.kv_select is not None:
+            less += ", or no kv_select"
         return (
-            f"The request needs {pages + adapters} pages of the pool ({adapters} of them for its "
-            f"adapters), but the pool has {total}{split}{others}: ask for fewer tokens, "
+            f"The request needs {needs}, but the pool has {total}{split}{others}: ask for {less}, "
             "or start the server with a larger pool."
         )
 

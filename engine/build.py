@@ -188,6 +188,7 @@ def assemble(
         checkpoint.id,
         checkpoint.tokenizer,
         sizes.max_model_len,
+        model.context_length,
         model.vocab_size,
         layout,
         scheduler,

@@ -62,6 +62,7 @@ class Engine:
         model_id: str,
         tokenizer: Tokenizer,
         max_model_len: int,
+        context_length: int,
         vocab_size: int,
         layout: BaseLayout,
         scheduler: Scheduler,
@@ -73,11 +74,13 @@ class Engine:
         check_integrity: bool = False,
         kv_setup: KVSetup = PLAIN,
     ) -> None:
-        """close: called when the loop has ended, to let go of what loads adapters. kv_setup: how KV
-        is stored and read, as the other parts were made to do it."""
+        """max_model_len: the longest sequence that is served, in tokens; context_length: that the
+        model knows. close: called when the loop has ended, to let go of what loads adapters.
+        kv_setup: how KV is stored and read, as the other parts were made to do it."""
         self.model_id = model_id
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
+        self.context_length = context_length
         self.vocab_size = vocab_size
         # What an adapter must fit.
         self.layout = layout

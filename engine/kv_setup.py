@@ -91,19 +91,26 @@ def problem(setup: KVSetup) -> str | None:
 def requested(setup: KVSetup, text: str) -> Selection:
     """The selection that a request asks of such a server. Raises ValueError for one that there is
     not, or not here."""
+    name = text.partition(":")[0]
+    if name not in SELECTIONS:
+        raise ValueError(f"{text!r} is not known: ask for one of {_allowed(setup)}.")
     selection = parse_selection(text)
     if _may_ask(setup, selection):
         return selection
-    allowed = [
+    raise ValueError(
+        f"{text!r} does not go with how this server keeps KV (kv_format {setup.format}, kv_select "
+        f"{setup.selection}, prefill {setup.prefill}): ask for one of {_allowed(setup)}."
+    )
+
+
+def _allowed(setup: KVSetup) -> str:
+    """What a request may ask for."""
+    return ", ".join(
         str(setup.selection)
         if row_of(Option.SELECT, name).per_request is PerRequest.NEVER
         else usage(name)
         for name in SELECTIONS
         if name == setup.selection.name or _may_ask(setup, parse_selection(name))
-    ]
-    raise ValueError(
-        f"{text!r} does not go with how this server keeps KV (kv_format {setup.format}, kv_select "
-        f"{setup.selection}, prefill {setup.prefill}): ask for one of {', '.join(allowed)}."
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from polydelta.engine.config import EngineConfig
 from polydelta.engine.device import DeviceLimits, choose_device, dtype_on, limits_for
@@ -39,12 +39,16 @@ def told_pool(config: EngineConfig) -> int:
 
 
 def format_sizes(config: EngineConfig, model: ModelConfig) -> Iterator[FormatSize]:
-    """Of every format, with what the config's selection notes in a page beside it."""
+    """Of every format, with what the config's selection notes in a page beside it. Raises
+    ModelError for what no format goes with."""
     device = choose_device(config.device)
     limits, dtype = limits_for(device, config), dtype_on(device, config.dtype)
     selection = parse_selection(config.kv_select)
+    setup = _setup(config, model, limits, device.type == "cuda")
+    if said := problem(setup):
+        raise ModelError(said)
     for name in names_of(Option.FORMAT):
-        if said := problem(_setup(name, config, model, limits, device.type == "cuda")):
+        if said := problem(replace(setup, format=name)):
             yield FormatSize(name, problem=said)
             continue
         try:
@@ -60,14 +64,11 @@ def format_sizes(config: EngineConfig, model: ModelConfig) -> Iterator[FormatSiz
         yield FormatSize(name, spec.block_size, spec.token_bytes, pool_tokens, said)
 
 
-def _setup(
-    name: str, config: EngineConfig, model: ModelConfig, limits: DeviceLimits, on_gpu: bool
-) -> KVSetup:
-    """A server's, which has the files and the RAM that its methods ask for."""
+def _setup(config: EngineConfig, model: ModelConfig, limits: DeviceLimits, on_gpu: bool) -> KVSetup:
+    """Of a server with native KV, which has the files and the RAM that its methods ask for."""
     return KVSetup(
-        name,
-        parse_selection(config.kv_select),
-        parse_prefill(config.prefill),
+        selection=parse_selection(config.kv_select),
+        prefill=parse_prefill(config.prefill),
         host_kv=True,
         labels=True,
         on_gpu=on_gpu,

@@ -67,7 +67,7 @@ def _too_small(
         f"A pool of {pool_bytes / MIB:.1f} MiB has room for {room or 'no'} "
         f"{'page' if room == 1 else 'pages'} of {spec.all_bytes / MIB:.2f} MiB{besides}, and "
         f"{needs}: raise pool to {enough} MiB"
-        f"{', or lower max_batch_size or block_size' if opened else ''}."
+        f", or lower {'max_batch_size or ' if opened else ''}block_size."
     )
 
 

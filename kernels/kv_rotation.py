@@ -16,8 +16,8 @@ def rotated(heads: Tensor) -> Tensor:
     """heads: `[tokens, heads, head_dim]` -> the same shape and dtype. A head is rotated in parts of
     the largest power of two that divides head_dim; twice, it is as it was but for rounding."""
     matrix = hadamard(part(heads.shape[-1]), heads.device)
-    # In float64 sums of numbers of half precision are as good as exact, so a row is rounded alike in
-    # any order, whoever is multiplied with it.
+    # In float64 sums of numbers of half precision are as good as exact, so a row is rounded alike
+    # in any order, whoever is multiplied with it.
     turned: Tensor = heads.double().unflatten(-1, (-1, len(matrix))) @ matrix
     return turned.mul_(1 / len(matrix) ** 0.5).flatten(-2).to(heads.dtype)
 

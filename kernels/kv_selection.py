@@ -2,7 +2,7 @@
 
     full  window:4+512  quest:1024  double-sparsity:128  infllm:128+4096  snapkv:2048  h2o:0.1+0.1
 
-Numbers are tokens, or for h2o shares of the prompt; what is left out is the authors' default.
+Numbers are tokens, or for h2o shares of the prompt; without them they are the authors' defaults.
 What prompts read while they are computed is written likewise: full  xattention:8+0.9
 """
 
@@ -231,11 +231,12 @@ def _parsed(text: str, ways: Mapping[str, _Way], what: str) -> Selection:
         raise ValueError(f"{what} {text!r} is not known: use one of {', '.join(map(usage, ways))}.")
     parts = rest.split("+") if colon else []
     try:
-        if len(parts) > len(way.numbers):
+        if colon and len(parts) != len(way.numbers):
             raise ValueError(text)
         numbers = [_number(*both) for both in zip(parts, way.numbers.values(), strict=False)]
     except ValueError:
-        raise ValueError(f"{what} {text!r} cannot be read: write {usage(name)}.") from None
+        example = f", such as {way.make()}" if way.numbers else ""
+        raise ValueError(f"{what} {text!r} cannot be read: write {usage(name)}{example}.") from None
     if max(numbers, default=0) > MOST_TOKENS:
         raise ValueError(f"{what} {text!r} cannot be used: no number is above {MOST_TOKENS}.")
     selection = way.make(*numbers)
@@ -245,7 +246,7 @@ def _parsed(text: str, ways: Mapping[str, _Way], what: str) -> Selection:
 
 
 def _number(text: str, kind: type[int] | type[float]) -> float:
-    if not re.fullmatch(r"\d+(\.\d+)?" if kind is float else r"\d+", text):
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?" if kind is float else r"[0-9]+", text):
         raise ValueError(text)
     return kind(text)
 
@@ -259,7 +260,9 @@ def _problem(selection: Selection) -> str | None:
             return "TOKENS begins at 1"
         case SnapKV(capacity=capacity, window=window) if capacity <= window:
             return f"TOKENS must be more than the {window} newest, which always stay"
-        case H2O(heavy=heavy, recent=recent) if not 0 < heavy + recent <= 1 or not recent:
+        case H2O(recent=0):
+            return "a query reads its own token at least: RECENT is over 0"
+        case H2O(heavy=heavy, recent=recent) if heavy + recent > 1:
             return "both are shares of the prompt, which together are at most 1"
         case XAttention(stride=stride, block=block) if stride < 1 or block % stride:
             return f"STRIDE must divide a block of {block} tokens"

@@ -16,6 +16,7 @@ from polydelta.server.cli_generate import GenerateError, generate
 from polydelta.server.cli_kv_formats import kv_formats
 from polydelta.server.cli_push import PushError
 from polydelta.server.cli_serve import serve
+from polydelta.server.options import as_options
 from polydelta.server.settings import SettingsError
 
 # What a user can mend: told in one line. Anything else is a bug and shows its traceback.
@@ -54,5 +55,7 @@ def main() -> None:
         app()
     except USER_ERRORS as error:
         console = Console(stderr=True)
-        console.print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
+        # The engine, which others than this command use, names its settings.
+        said = as_options(str(error)) if isinstance(error, ModelError) else str(error)
+        console.print(f"Error: {said}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import compress, groupby
 from operator import itemgetter
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,6 +31,9 @@ COMPOSITION = (
     "per request",
     "besides",
 )
+
+# What somebody would copy is in one piece.
+WITH_NAMES = ("methods", "not with", "besides")
 
 NATIVE = "native"
 
@@ -92,10 +96,29 @@ def kv_formats(
     _explain(sizes)
     # A table for each option, so that names can be read whole in 80 columns.
     for option, some in groupby(composition, itemgetter(0)):
-        whole = ("methods", "not with")
-        each = (Column(name, no_wrap=name in whole, overflow="fold") for name in COMPOSITION[1:])
-        table = Table(*each, title=option, box=box.SIMPLE_HEAD, title_justify="left")
-        _show(table, ([cell.replace(", ", "\n") for cell in cells[1:]] for cells in some))
+        cells = [
+            [cell.replace(", ", "\n") for cell in row[1:-1]] + [_narrow(row[-1])] for row in some
+        ]
+        # Without columns in which none says anything.
+        said = [any(column) for column in zip(*cells, strict=True)]
+        each = (Column(name, no_wrap=name in WITH_NAMES) for name in COMPOSITION[1:])
+        table = Table(
+            *compress(each, said),
+            title=option,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        _show(table, (list(compress(row, said)) for row in cells))
+
+
+def _narrow(listed: str) -> str:
+    """In lines as long as the longest name of a setting."""
+    width = len("--host-kv-gib")
+    return "\n".join(
+        line for item in listed.split(", ") for line in wrap(item, width, break_on_hyphens=False)
+    )
 
 
 def _show(table: Table, rows: Rows) -> None:
@@ -117,7 +140,7 @@ def _explain(sizes: Iterable[FormatSize]) -> None:
         if size.problem is not None:
             names.setdefault(size.problem, []).append(size.name)
     for problem, some in names.items():
-        typer.echo(f"{', '.join(some)}: {problem}\n")
+        typer.echo(f"{', '.join(some)}: {options.as_options(problem)}\n")
 
 
 def _size_columns(pool: str) -> Sequence[str]:
@@ -146,5 +169,5 @@ def _composition_cells(row: Row) -> Sequence[str]:
         row.chunks,
         ", ".join(not_with(row)),
         row.per_request if row.option is Option.SELECT else "",
-        row.limits,
+        options.as_options(row.limits),
     )

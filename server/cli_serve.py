@@ -196,9 +196,16 @@ def print_banner(
         kept.append(f"prefill {engine.kv_setup.prefill}")
     room = f"room for {engine.stats().kv_tokens:,} tokens"
     facts.add_row("KV cache", f"{', '.join(kept)}: {room}")
-    facts.add_row("context", f"{engine.max_model_len:,} tokens at most")
+    facts.add_row("context", _context(engine, settings))
     facts.add_row("docs", f"{url}/docs")
     console.print(Panel(facts, title=f"PolyDelta at {url}", expand=False))
     body = json.dumps({"model": base_name, "prompt": "Once upon a time"})
     call = f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
     console.print(call, markup=False, highlight=False, soft_wrap=True)
+
+
+def _context(engine: Engine, settings: ServerSettings) -> str:
+    served = f"{engine.max_model_len:,} tokens at most"
+    if settings.max_model_len is not None or engine.max_model_len == engine.context_length:
+        return served
+    return f"{served}, half of what the pool holds (the model's: {engine.context_length:,})"

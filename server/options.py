@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,16 @@ def setting(name: str, flags: str, panel: str, metavar: str | None = None) -> An
     if field.default not in (None, (), PydanticUndefined):
         text += f" [dim]\\[default: {_shown(field.default)}][/dim]"
     return typer.Option(flags, help=text, metavar=metavar, rich_help_panel=panel)
+
+
+def as_options(message: str) -> str:
+    """Names of settings as they are written on the command line: those that are no word besides."""
+
+    def option(name: re.Match[str]) -> str:
+        is_setting = name[0] in ServerSettings.model_fields
+        return f"--{name[0].replace('_', '-')}" if is_setting else name[0]
+
+    return re.sub(r"\b([a-z]+(_[a-z]+)+|prefill)\b", option, message)
 
 
 def _shown(default: object) -> str:

@@ -103,7 +103,8 @@ class ServerSettings(KVSettings):
     max_model_len: int | None = Field(
         None,
         gt=0,
-        description="Longest prompt plus output, in tokens; without it, the model's own.",
+        description="Longest prompt plus output, in tokens. Without it, the model's own, or half of"
+        " what the pool holds where that is less.",
     )
     max_batch_tokens: int | None = Field(
         None,

@@ -102,7 +102,7 @@ class OwnMetrics:
         modes = {str(mode): count for mode, count in stats.preemptions_by_mode.items()}
         text = "Requests stopped to make room, by how they get their KV back."
         yield make.counters("preemptions", text, ("mode",), by_one(modes))
-        text = "KV of preempted requests in host RAM, in bytes."
+        text = "KV in host RAM, of preempted requests and of what infllm seldom reads, in bytes."
         yield make.gauge("host_kv_bytes", text, stats.host_kv_bytes)
 
     def _adapters(self, stats: EngineStats) -> Iterable[Metric]:

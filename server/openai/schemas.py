@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from polydelta.adapters_store.composition import MAX_SHARES
-from polydelta.engine.kv_composition import Option, check_method, in_full, names_of
+from polydelta.engine.kv_composition import Option, in_full, names_of
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
@@ -122,11 +122,6 @@ Prompts = Annotated[
 ]
 
 
-def _kv_selection(text: str) -> str:
-    check_method(Option.SELECT, text)
-    return text
-
-
 class StreamOptions(Body):
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -176,11 +171,11 @@ class GenerationFields(Body):
     # Cached prefixes are shared between requests of the same salt only; without one, with all
     # that have none.
     cache_salt: Annotated[str, AfterValidator(_whole_characters)] = Field("", min_length=1)
-    kv_select: Annotated[str, Field(max_length=64), AfterValidator(_kv_selection)] | None = Field(
+    kv_select: Annotated[str, Field(max_length=64)] | None = Field(
         None,
         description="What is read of the KV cache, where it is not to be what the server reads by"
-        f" itself: {', '.join(map(in_full, names_of(Option.SELECT)))}; numbers may be left out."
-        " Which of them a server allows depends on how it was started.",
+        f" itself: {', '.join(map(in_full, names_of(Option.SELECT)))}."
+        " Numbers may be left out. Which of them a server allows depends on how it was started.",
     )
 
     @property

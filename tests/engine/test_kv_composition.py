@@ -131,7 +131,14 @@ def test_a_method_that_there_is_not_is_refused_with_those_that_there_are(
 
 @pytest.mark.parametrize(
     "text",
-    ["xattention:", "xattention:7", "xattention:8+0", "xattention:8+1.5", "xattention:8+0.9+1"],
+    [
+        "xattention:",
+        "xattention:8",
+        "xattention:7+0.9",
+        "xattention:8+0",
+        "xattention:8+1.5",
+        "xattention:8+0.9+1",
+    ],
 )
 def test_a_prefill_with_wrong_numbers_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="prefill 'xattention"):

@@ -35,7 +35,7 @@ def test_a_config_says_what_is_stored_and_read() -> None:
     setup = setup_of(
         kv_format="int8",
         kv_select="double-sparsity:64",
-        prefill="xattention:16",
+        prefill="xattention:16+0.9",
         kv_labels=Path("labels"),
     )
     assert (setup.format, setup.selection, setup.prefill) == (
@@ -129,6 +129,12 @@ def test_what_needs_notes_is_asked_for_where_pages_have_them(name: str) -> None:
         "ask for one of full, window[:SINKS+RECENT], snapkv[:TOKENS], h2o[:HEAVY+RECENT]."
         in str(caught.value)
     )
+
+
+def test_a_selection_that_there_is_not_is_refused_with_those_that_a_request_may_ask_for() -> None:
+    with pytest.raises(ValueError, match="'windows:4' is not known") as caught:
+        requested(KVSetup("gear"), "windows:4")
+    assert str(caught.value).endswith("one of full, window[:SINKS+RECENT], snapkv[:TOKENS].")
 
 
 def test_what_the_server_reads_by_itself_may_always_be_asked_for() -> None:

@@ -56,7 +56,8 @@ def test_the_pool_that_a_refusal_asks_for_is_the_smallest_that_will_do(
     told = int(needed[1]) * MIB
     assert sizes_of(told, spec, adapter_share).num_kv_pages == LEAST_PAGES
     refusal(told - MIB, spec, adapter_share)
-    assert ("lower max_batch_size or block_size" in said) == spec.format.by_page
+    assert said.endswith("block_size.")
+    assert ("lower max_batch_size or" in said) == spec.format.by_page
     assert ("sequences" in said) == spec.format.by_page
 
 

@@ -22,8 +22,8 @@ def test_what_is_written_is_read_again(name: str) -> None:
     assert parse_selection(str(selection)) == selection
 
 
-def test_numbers_are_taken_in_their_order_and_the_others_are_the_authors() -> None:
-    assert parse_selection("window:7") == Window(7, Window().recent)
+def test_numbers_are_taken_in_their_order_and_without_them_the_authors() -> None:
+    assert parse_selection("window") == Window()
     assert parse_selection("window:7+9") == Window(7, 9)
     assert parse_selection(f"quest:{MOST_TOKENS}") == Quest(MOST_TOKENS)
     assert parse_prefill("xattention:16+0.8") == XAttention(16, 0.8)
@@ -33,7 +33,10 @@ def test_numbers_are_taken_in_their_order_and_the_others_are_the_authors() -> No
     ("text", "said"),
     [
         ("quests", "use one of full, window"),
-        ("window:", "write window"),
+        ("window:", r"write window\[:SINKS\+RECENT\], such as window:4\+512"),
+        ("window:256", "write window"),
+        ("infllm:4+4", "write infllm"),
+        ("window:\u0664+\u0665", "write window"),
         ("window:a+b", "write window"),
         ("window:1+2+3", "write window"),
         ("window:1.5+2", "write window"),
@@ -43,6 +46,8 @@ def test_numbers_are_taken_in_their_order_and_the_others_are_the_authors() -> No
         ("quest:0", "TOKENS begins at 1"),
         ("snapkv:32", "more than the 32 newest"),
         ("h2o:0.9+0.2", "at most 1"),
+        ("h2o:1+0", "RECENT is over 0"),
+        ("h2o:.5+.5", r"such as h2o:0.1\+0.1"),
         (f"window:4+{MOST_TOKENS + 1}", f"no number is above {MOST_TOKENS}"),
         ("window:99999999999999999999999+4", f"no number is above {MOST_TOKENS}"),
     ],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from polydelta.engine.kv_composition import Option, in_full, names_of
+from polydelta.engine.kv_composition import ROWS, Option, in_full, names_of
+from polydelta.server.options import as_options
 
 DOCS = Path(__file__).parents[2] / "docs" / "kv_cache.md"
 BEGIN, END = "<!-- polydelta kv-formats --markdown -->", "<!-- end of kv-formats -->"
@@ -62,6 +64,9 @@ def test_no_name_is_cut_off_in_a_narrow_terminal(run: Run, monkeypatch: pytest.M
         assert f"--{option.replace('_', '-')}" in out
         assert all(in_full(name) in out for name in names_of(option))
     assert "…" not in out
+    settings = re.findall(r"--[a-z-]+", " ".join(as_options(row.limits) for row in ROWS))
+    assert len(settings) == 2
+    assert all(setting in out for setting in settings)
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -95,7 +100,7 @@ def test_a_pool_that_is_too_small_is_told_what_would_do(run: Run) -> None:
     least = -(-23_040 * (65 * 56 + 2 * 16) // (1 << 20))
     assert by_format(out)["int4"][2] == "0"
     assert "int4: A pool of 64.0 MiB has room for no pages of 0.35 MiB" in out
-    assert f"raise pool to {least} MiB, or lower max_batch_size or block_size." in out
+    assert f"raise pool to {least} MiB, or lower --max-batch-size or --block-size." in out
     assert by_format(run("--markdown", "--pool", f"{least}MiB"))["int4"][2] != "0"
     assert by_format(run("--markdown", "--pool", f"{least - 1}MiB"))["int4"][2] == "0"
 
@@ -103,7 +108,7 @@ def test_a_pool_that_is_too_small_is_told_what_would_do(run: Run) -> None:
 def test_formats_that_a_selection_refuses_have_no_sizes(run: Run) -> None:
     out = run("--markdown", "--kv-select", "double-sparsity:64")
     assert by_format(out)["int4"] == ["", "", "", ""]
-    said = "kv_format int4 does not go with kv_select double-sparsity:64, but with full, window"
+    said = "--kv-format int4 does not go with --kv-select double-sparsity:64, but with full, window"
     assert f"\nint4: {said}" in out
 
 
@@ -111,7 +116,7 @@ def test_what_prompts_read_is_looked_at_too(run: Run) -> None:
     out = run("--markdown", "--prefill", "xattention")
     assert by_format(out)["int8"][0]
     assert by_format(out)["kivi-4"] == ["", "", "", ""]
-    assert "\nkivi-4: kv_format kivi-4 does not go with prefill xattention" in out
+    assert "\nkivi-4: --kv-format kivi-4 does not go with --prefill xattention" in out
 
 
 def test_a_pool_that_was_split_holds_half_as_many_tokens(run: Run) -> None:
@@ -127,7 +132,16 @@ def test_a_pool_that_was_split_holds_half_as_many_tokens(run: Run) -> None:
 def test_a_page_that_is_too_small_says_what_can_be_done(run: Run) -> None:
     out = run("--markdown", "--block-size", "1", "--kv-select", "quest")
     assert by_format(out)["native"] == ["", "", "", ""]
-    assert "raise block_size" in out
+    assert "raise --block-size" in out
+
+
+def test_what_no_format_goes_with_is_one_line(
+    polydelta: Callable[..., tuple[int, str, str]],
+) -> None:
+    code, _, err = polydelta("kv-formats", "--kv-select", "window", "--prefill", "xattention")
+    assert code == 1
+    assert err.startswith("Error: --kv-select window:4+512 does not go with --prefill xattention")
+    assert err.count("\n") == 1
 
 
 def test_a_wrong_setting_is_one_line(polydelta: Callable[..., tuple[int, str, str]]) -> None:

@@ -20,10 +20,10 @@ def test_the_engine_gets_how_kv_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_pat
     labels = tmp_path / "labels"
     labels.touch()
     config = load_settings(
-        kv_format="int4", kv_select="quest:512", prefill="xattention:16", kv_labels=labels
+        kv_format="int4", kv_select="quest:512", prefill="xattention:16+0.8", kv_labels=labels
     ).engine_config
     assert (config.kv_format, config.kv_select) == ("int4", "quest:512")
-    assert (config.prefill, config.kv_labels) == ("xattention:16", labels)
+    assert (config.prefill, config.kv_labels) == ("xattention:16+0.8", labels)
     monkeypatch.setenv("POLYDELTA_KV_FORMAT", "int8")
     monkeypatch.setenv("POLYDELTA_KV_SELECT", "window")
     config = load_settings(kv_select="h2o").engine_config
@@ -37,7 +37,7 @@ def test_the_engine_gets_how_kv_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("kv_select", "quest:many", "quest[:TOKENS]"),
         ("kv_select", "window:4+0", "RECENT begins at 1"),
         ("kv_select", "xattention", "full, window"),
-        ("prefill", "xattention:7", "divide"),
+        ("prefill", "xattention:7+0.9", "divide"),
         ("kv_labels", "no-such-file", "is not a file"),
     ],
 )
@@ -69,11 +69,11 @@ def test_what_does_not_go_together_is_one_line_before_the_weights_are_read(
     model = ("--model", str(tiny_folder))
     code, _, err = polydelta("generate", "Hi", *model, "--kv-format=gear", "--kv-select=h2o")
     assert code == 1
-    assert err.startswith("Error: kv_format gear does not go with kv_select h2o")
+    assert err.startswith("Error: --kv-format gear does not go with --kv-select h2o")
     assert err.count("\n") == 1
     code, _, err = polydelta("generate", "Hi", *model, "--kv-select=infllm")
     assert code == 1
-    assert "host_kv_gib" in err
+    assert "--host-kv-gib" in err
 
 
 def test_generate_answers_from_a_cache_of_another_format(
