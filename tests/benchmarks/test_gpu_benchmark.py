@@ -23,7 +23,7 @@ HTTP = ("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "pro
 @pytest.mark.parametrize(
     "names",
     [
-        ["lora", "attention", "decode"],
+        pytest.param(["lora", "attention", "decode"], marks=pytest.mark.long),
         ["kv", "kv-serving"],
         pytest.param([n for n in SECTIONS if n != "parity"], marks=pytest.mark.long),
     ],

@@ -138,7 +138,12 @@ def tokens(engine: Engine, run: Callable[..., Any], asked: Sequence[Any]) -> dic
     ("steps_ahead", "params"),
     [
         pytest.param(1, {}, id="greedy, overlapped"),
-        pytest.param(0, {"temperature": 0.8, "top_p": 0.8, "top_k": 40, "seed": 3}, id="seeded"),
+        pytest.param(
+            0,
+            {"temperature": 0.8, "top_p": 0.8, "top_k": 40, "seed": 3},
+            id="seeded",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_answers_equal_the_cpus_in_one_batch_of_many_adapters(
