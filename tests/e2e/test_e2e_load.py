@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import httpx
 import openai
@@ -66,18 +68,22 @@ def test_32_clients_over_all_adapters_get_what_they_would_get_alone(server, ques
 
 @pytest.mark.slow
 def test_the_samples_are_right_where_the_base_is_not(client, base, samples, sample_tasks):
+    def says(model, question):
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": question}],
+            temperature=0,
+            max_tokens=64,
+        )
+        return answer.choices[0].message.content
+
     for sample in samples:
         task = sample_tasks.TASKS[sample]
-        right = {base: 0, sample: 0}
-        for example in task.held_out(4):
-            for model in right:
-                answer = client.chat.completions.create(
-                    model=model,
-                    messages=[{"role": "user", "content": example.prompt}],
-                    temperature=0,
-                    max_tokens=64,
-                )
-                right[model] += task.check(answer.choices[0].message.content, example.answer)
+        examples, right = list(task.held_out(4)), {}
+        with ThreadPoolExecutor() as together:
+            for model in (base, sample):
+                answers = together.map(says, repeat(model), [each.prompt for each in examples])
+                right[model] = sum(map(task.check, answers, [each.answer for each in examples]))
         assert right[sample] >= 3, (sample, right)
         assert right[sample] > right[base], (sample, right)
 

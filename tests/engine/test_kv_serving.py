@@ -36,9 +36,9 @@ SHARING = ("window:3+17", "quest:24", "infllm:8+16+8")
 LAYERS, HEADS, HEAD_DIM = 3, 2, 16
 # Of one layer, in float32.
 TOKEN_BYTES = 2 * HEADS * HEAD_DIM * 4
-# Steps have room for a block of XAttention beside the other sequences.
 # Tokens of the longest prompt and answer.
 LONGEST = 190
+# Steps have room for a block of XAttention beside the other sequences.
 OPTIONS = {"max_batch_size": 9, "max_batch_tokens": 140, "block_size": 4}
 
 
@@ -108,7 +108,7 @@ SETUPS: list[dict[str, Any]] = [
 ]
 # What others are much like.
 LONG: list[dict[str, Any]] = [
-    *({"kv_format": each} for each in ("fp8", "kivi-4", "mustafar-70")),
+    *({"kv_format": each} for each in ("int8", "fp8", "int4", "kivi-4", "kivi-2", "mustafar-70")),
     {"kv_select": "quest:24"},
     {"kv_select": "snapkv:40"},
     {"kv_select": "h2o:0.3+0.2"},
