@@ -174,6 +174,7 @@ def test_answers_in_a_crowded_small_pool_equal_those_given_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_default_model_answers_alike_alone_and_in_a_crowd(
     default_checkpoint: Checkpoint, adapter_writer: Callable, serve: Callable, run: Callable
 ) -> None:
