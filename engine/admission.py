@@ -159,12 +159,9 @@ class Admission:
         needs = f"{pages + adapters} pages of the pool"
         if adapters:
             needs += f" ({adapters} of them for its adapters)"
-        less = "fewer tokens"
-        if sequence.request.kv_select is not None:
-            less += ", or no kv_select"
         return (
-            f"The request needs {needs}, but the pool has {total}{split}{others}: ask for {less}, "
-            "or start the server with a larger pool."
+            f"The request needs {needs}, but the pool has {total}{split}{others}: ask for fewer "
+            "tokens, or start the server with a larger pool."
         )
 
     def _lack_of_positions(self, sequence: Sequence) -> str | None:

@@ -57,11 +57,18 @@ def format_sizes(config: EngineConfig, model: ModelConfig) -> Iterator[FormatSiz
             yield FormatSize(name, problem=str(error))
             continue
         try:
-            sizes = PoolSizes.of(told_pool(config), spec, limits.max_batch_size, config)
+            sizes = PoolSizes.of(_pool(spec, limits), spec, limits.max_batch_size, config)
             pool_tokens, said = sizes.num_kv_pages * spec.block_size, None
         except ModelError as error:
             pool_tokens, said = 0, str(error)
         yield FormatSize(name, spec.block_size, spec.token_bytes, pool_tokens, said)
+
+
+def _pool(spec: KVSpec, limits: DeviceLimits) -> int:
+    """In bytes; where it is not known, so many of pages."""
+    if limits.pool_bytes is not None:
+        return limits.pool_bytes
+    return _TOLD_FOR + spec.opened_bytes(limits.max_batch_size)
 
 
 def _setup(config: EngineConfig, model: ModelConfig, limits: DeviceLimits, on_gpu: bool) -> KVSetup:

@@ -30,13 +30,15 @@ def setting(name: str, flags: str, panel: str, metavar: str | None = None) -> An
 
 
 def as_options(message: str) -> str:
-    """Names of settings as they are written on the command line: those that are no word besides."""
+    """Names of settings as they are written on the command line: those that are no word besides,
+    and no part of a path."""
 
     def option(name: re.Match[str]) -> str:
         is_setting = name[0] in ServerSettings.model_fields
         return f"--{name[0].replace('_', '-')}" if is_setting else name[0]
 
-    return re.sub(r"\b([a-z]+(_[a-z]+)+|prefill)\b", option, message)
+    names = r"[a-z]+(?:_[a-z]+)+|prefill(?= (?:full|xattention))"
+    return re.sub(rf"(?<![\w/.\\-])(?:{names})(?![\w/\\-]|\.\w)", option, message)
 
 
 def _shown(default: object) -> str:
