@@ -1,7 +1,8 @@
 /* Writing a step's keys and values into a KV cache, each as a pure function of its own row, and what
  * pages note of their keys as they are stored. */
 
-/* 16 numbers; what is not finite as 0, so that one channel's overflow stays its own. */
+/* 16 numbers; what is not finite as 0, so that one channel's overflow stays its own where heads are not
+ * rotated. */
 static inline __m512 load_finite(const uint16_t *from, __mmask16 lanes) {
     const __m512 numbers = load_wide(lanes, from);
     const __mmask16 finite = _mm512_cmp_ps_mask(
