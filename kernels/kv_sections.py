@@ -12,8 +12,8 @@ from polydelta.kernels.kv_selection import DoubleSparsity, InfLLM, Quest, Select
 
 
 def native_tokens_of(format: KVFormat, selection: Selection) -> int:
-    """Of native KV in a page, where an operator sets none. What is chosen by pages says it first:
-    larger ones, that a format would have, cost it more than they gain."""
+    """Of native KV in a page, where an operator sets none. A selection that chooses pages says it,
+    whatever the format: bounds of many tokens find the wrong ones."""
     return (selection if isinstance(selection, Quest) else format).native_tokens
 
 
